@@ -1,0 +1,194 @@
+"""Exact comparison of two short answers, with three verdicts.
+
+Equal and different are said only where it is certain: both sides are the same text, or both are plain exact numbers (integers,
+decimals, fractions, with thousands separators, a currency sign, a percent sign or a unit), compared as fractions. A gold that is a
+number is also truly different from a list of guesses and from text that holds no number at all. Everything else is unknown, and
+whoever asks must not make a 0 of that.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+from fractions import Fraction
+from functools import lru_cache
+
+LONGEST = 1000
+"""Characters; a longer text is not read as a number."""
+
+
+class Verdict(Enum):
+    EQUAL = "equal"
+    DIFFERENT = "different"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Number:
+    """An exact number as it was written."""
+
+    value: Fraction
+    unit: str = ""
+    """Lower case, singular; `%` and `$` are units."""
+    base: str = ""
+    """Digits of a subscript, as in 11_2, which is not 11."""
+
+
+def compare(answer: str, gold: str) -> Verdict:
+    """What is certain of an answer, given the gold one; both without the words around them."""
+    answer, gold = plain(answer), plain(gold)
+    if not answer:
+        return Verdict.DIFFERENT
+    if answer == gold:
+        return Verdict.EQUAL
+    gold_number = exact(gold)
+    if gold_number is None:
+        return Verdict.UNKNOWN
+    number = exact(answer) or _right_side(answer)
+    if number is not None:
+        return _compare_numbers(number, gold_number)
+    if len(answer) > LONGEST or is_guess(answer) or _says_no_number(answer):
+        return Verdict.DIFFERENT
+    return Verdict.UNKNOWN
+
+
+def _compare_numbers(number: Number, gold: Number) -> Verdict:
+    if number.base != gold.base:
+        return Verdict.DIFFERENT
+    same = number.value == gold.value
+    if number.unit == gold.unit or not number.unit or not gold.unit:
+        # A gold of 50 may mean 50 %; a gold of 0.5 is 50 % all the same.
+        same = same or _fraction(number) == _fraction(gold)
+        return Verdict.EQUAL if same else Verdict.DIFFERENT
+    # 6 inches is not 6 cm; 60 minutes and 1 hour, 18 apples and 18 fruits cannot be told.
+    measured = {number.unit, gold.unit} <= _MEASURES
+    return Verdict.DIFFERENT if same and measured else Verdict.UNKNOWN
+
+
+def _fraction(number: Number) -> Fraction:
+    return number.value / 100 if number.unit == "%" else number.value
+
+
+# --- reading numbers --------------------------------------------------------------------------------------------------
+
+_DIGITS = r"(?:\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)|\d+)"
+_NUMBER = re.compile(
+    rf"(?P<sign>[-+]?)\s*(?P<currency>[$€£]?)\s*(?P<sign2>[-+]?)"
+    rf"(?:\\frac\{{(?P<top>-?\d+)\}}\{{(?P<bottom>\d+)\}}|(?P<whole>{_DIGITS})?(?P<decimals>\.\d+)?(?:\s*/\s*(?P<over>{_DIGITS}))?)"
+    r"(?:_\{?(?P<base>\d+)\}?)?"
+    r"(?:\s*(?P<percent>%)|(?P<unit>\s+[^\W\d_]+(?:[ /-][^\W\d_]+){0,3}|°\s?[CF]?))?"
+)
+_UNIT_NAMES = {
+    "$": "dollar", "€": "euro", "£": "pound", "usd": "dollar", "°": "degree", "in": "inch", "ft": "foot", "feet": "foot",
+    "yd": "yard", "mi": "mile", "cm": "centimeter", "mm": "millimeter", "km": "kilometer", "m": "meter", "kg": "kilogram",
+    "g": "gram", "lb": "pound", "oz": "ounce", "l": "liter", "ml": "milliliter", "h": "hour", "hr": "hour", "min": "minute",
+    "sec": "second", "s": "second", "percent": "%", "inches": "inch", "centimetre": "centimeter", "metre": "meter",
+}  # fmt: skip
+_MEASURES = frozenset(_UNIT_NAMES.values())
+_NOT_UNITS = frozenset(
+    """or and not to from if but either maybe perhaps possibly times plus minus over squared cubed factorial mod choose
+    hundred thousand million billion trillion dozen score half third quarter fifth tenth pi""".split()
+)
+"""Words that make a number another number, or a guess; a text with one of them is not read as a number with a unit."""
+_LEFT_SIDE = re.compile(r"\s*(?:[A-Za-z]|(?:[-\d\s+*/().,×÷=$]|\\times|\\cdot)*)\s*")
+
+
+@lru_cache(maxsize=4096)
+def exact(text: str) -> Number | None:
+    """The number that a plain text is, all of it; None if it is anything else."""
+    if not text or len(text) > LONGEST:
+        return None
+    found = _NUMBER.fullmatch(text)
+    if found is None or (found["sign"] and found["sign2"]):
+        return None
+    if found["top"] is not None:
+        value, bottom = Fraction(int(found["top"])), int(found["bottom"])
+    elif found["whole"] is not None or found["decimals"] is not None:
+        value = Fraction(_joined(found["whole"] or "0") + (found["decimals"] or ""))
+        bottom = int(_joined(found["over"] or "1"))
+    else:
+        return None
+    unit = _unit(found["unit"] or "")
+    if bottom == 0 or unit is None:
+        return None
+    value = value / bottom * (-1 if "-" in (found["sign"] + found["sign2"]) else 1)
+    return Number(value, _UNIT_NAMES.get(found["currency"], "") or found["percent"] or unit, found["base"] or "")
+
+
+def _joined(digits: str) -> str:
+    return digits.replace(",", "").replace(" ", "")
+
+
+def _unit(text: str) -> str | None:
+    """A unit's first word in one spelling; None if the words are no unit."""
+    words = re.split(r"[\s/-]+", text.strip().lower())
+    if _NOT_UNITS.intersection(words) or _NOT_UNITS.intersection(word.rstrip("s") for word in words):
+        return None
+    first = words[0]
+    if len(first) == 1 and first not in _UNIT_NAMES:
+        return None  # a variable
+    if first not in _UNIT_NAMES and len(first) > 3:
+        first = first.removesuffix("s")
+    return _UNIT_NAMES.get(first, first)
+
+
+def _right_side(text: str) -> Number | None:
+    """What `x = 18`, `= 18` and `7 + 11 = 18` say; not `2x = 18`, not `x >= 18`."""
+    left, equals, right = text.rpartition("=")
+    return exact(right.strip()) if equals and _LEFT_SIDE.fullmatch(left) else None
+
+
+# --- what is certainly no number --------------------------------------------------------------------------------------
+
+_GUESS = re.compile(
+    r"\bor\b|\beither\b|;"
+    r"|\d\s+and\s+[-+$]*\d+(?![\d./]|\s*/)"
+    r"|\d\s*,\s+[-+$]*\s*\d|\d,(?!\d{3}(?!\d))\d"
+    r"|\d\s+\$?\d+(?![\d./]|\s*/)"
+)
+_NUMBER_WORDS = re.compile(
+    r"\b(zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(thir|four|fif|six|seven|eigh|nine)teen"
+    r"|(twen|thir|for|fif|six|seven|eigh|nine)ty\w*|hundred|thousand|million|billion|dozen|half|third|quarter|none|nothing|pi|e)\b",
+    re.IGNORECASE,
+)
+
+
+def is_guess(text: str) -> bool:
+    """Whether a text offers several numbers, `18 or 19`, `18, 19`, `1 8`, where one was asked for."""
+    return bool(_GUESS.search(text)) and any(character.isdigit() for character in text)
+
+
+def _says_no_number(text: str) -> bool:
+    return not any(character.isdigit() or character in "\\π√" for character in text) and not _NUMBER_WORDS.search(text)
+
+
+# --- taking off what only dresses a number ----------------------------------------------------------------------------
+
+_REPLACED = (
+    (re.compile(r"\\[$%]"), lambda found: found[0][1]),
+    (re.compile(r"\\[dt]frac"), lambda _: r"\frac"),
+    (re.compile(r"\\frac\s*(\d)\s*(\d)(?!\d)"), lambda found: rf"\frac{{{found[1]}}}{{{found[2]}}}"),
+    (re.compile(r"\\(?:left|right|[!,;: ])"), lambda _: ""),
+    (re.compile(r"\\(?:text|mathrm|mbox|textbf|mathbf|mathit)\s*\{([^{}]*)\}"), lambda found: f" {found[1]} "),
+    (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree"), lambda _: "°"),
+    (re.compile(r"\{,\}"), lambda _: ","),
+)
+_WRAPPERS = (("$$", "$$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("__", "__"), ("`", "`"), ("$", "$"))
+
+
+def plain(text: str) -> str:
+    """A short answer without maths delimiters, emphasis, layout commands, and the full stop at its end."""
+    text = text.strip()
+    if text.isascii() and text.isdigit():
+        return text
+    text = text.replace("\u2212", "-").replace("\u00a0", " ").replace("\u202f", " ")
+    stripped = None
+    while stripped != text:
+        stripped = text
+        text = text.strip().rstrip(".:").strip()
+        for left, right in _WRAPPERS:
+            inside = text[len(left) : -len(right)]
+            if text.startswith(left) and text.endswith(right) and inside and left not in inside:
+                text = inside
+    for pattern, replacement in _REPLACED:
+        text = pattern.sub(replacement, text)
+    return " ".join(text.split())

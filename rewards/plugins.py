@@ -1,0 +1,82 @@
+"""Reward functions from outside: a file (`./my_rewards.py:brevity`), an import path (`pkg.mod:brevity`), or an installed entry
+point of the group `cohort.rewards` (its name alone).
+
+A recipe is checked without running any of its code: the source is found and parsed, and must bind the function's name. The true
+import happens in the worker process, where a plugin that raises or hangs costs nothing but itself.
+"""
+
+import ast
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from data.recipe import nearest
+
+ENTRY_POINTS = "cohort.rewards"
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """Where a reward function from outside lives."""
+
+    name: str
+    """What the recipe's parts call it: the function's name, or the entry point's."""
+    source: str
+    """A path that ends in .py, or an import path."""
+    function: str
+    """Its name in the source."""
+
+
+def find_plugin(text: str) -> Plugin:
+    """The plugin that a recipe names; raises ValueError with one line if it is not there or does not bind that function."""
+    source, colon, function = text.rpartition(":")
+    if colon:
+        plugin = Plugin(function, source, function)
+    else:
+        found = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+        if text not in found:
+            way_out = "a plugin is ./file.py:function, package.module:function, or an installed entry point"
+            raise ValueError(f"no entry point '{text}' in the group {ENTRY_POINTS}{nearest(text, list(found))} ({way_out})")
+        source, _, function = found[text].value.partition(":")
+        plugin = Plugin(text, source, function)
+    names = _names_bound(_find_source(plugin.source))
+    if plugin.function not in names and "*" not in names:
+        raise ValueError(f"{plugin.source} has no function '{plugin.function}'{nearest(plugin.function, names)}")
+    return plugin
+
+
+def _find_source(source: str) -> Path:
+    """The file of a plugin's module; parent packages are found, not imported."""
+    if source.endswith(".py"):
+        if not Path(source).is_file():
+            raise ValueError(f"no file '{source}' (paths are relative to the working folder, {Path.cwd()})")
+        return Path(source)
+    spec: ModuleSpec | None = None
+    where: list[str] | None = None
+    for name in source.split("."):
+        spec = PathFinder.find_spec(name, where)
+        if spec is None:
+            raise ValueError(f"no module '{source}' ('{name}' is not found; is it installed, or missing from PYTHONPATH?)")
+        where = list(spec.submodule_search_locations or [])
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        raise ValueError(f"module '{source}' has no Python source; a plugin is a .py module")
+    return Path(spec.origin)
+
+
+def _names_bound(path: Path) -> list[str]:
+    """The names that a module's top level binds; '*' if it imports everything from somewhere."""
+    try:
+        tree = ast.parse(path.read_bytes(), filename=str(path))
+    except SyntaxError as error:
+        raise ValueError(f"{path}:{error.lineno}: not valid Python: {error.msg}") from None
+    names = []
+    for node in tree.body:
+        for inner in [node] if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) else ast.walk(node):
+            if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names.append(inner.name)
+            elif isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
+                names.append(inner.id)
+            elif isinstance(inner, ast.alias):
+                names.append((inner.asname or inner.name).split(".")[0])
+    return names

@@ -1,0 +1,262 @@
+"""The scorer: groups in, Scores out, beside whatever else the trainer does.
+
+`submit` hands over a group and returns; `poll` gives the groups that are done, in the order in which they became so. In between a
+thread of its own moves calls to worker processes and answers back. A call holds one group and one function; a call that failed is
+repeated one completion at a time, so that only the culprit fails. Not so where the function compares siblings (it takes
+`group_ids`): alone, they would be judged differently.
+"""
+
+import itertools
+import math
+import os
+import selectors
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Any
+
+from data.recipe import InputError
+from data.values import Score
+from rewards.combine import Outcome, combine
+from rewards.config import RewardsConfig
+from rewards.job import ScoreJob, request_line
+from rewards.lane import Answer, Call, Lane
+from rewards.plugins import Plugin
+from rewards.registry import BUILTINS
+
+_TICK_S = 0.5
+"""How late, at most, a worker is found dead whose pipes something else holds open."""
+_TRACEBACKS = 100
+"""Tracebacks kept for messages, the latest."""
+
+
+@dataclass
+class _Group:
+    """A group that is being scored, and what came of it so far."""
+
+    key: Hashable
+    job: ScoreJob
+    waiting: int
+    """Calls that have not been answered."""
+    outcomes: dict[str, list[Outcome]]
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    metrics: list[tuple[str, float]] = field(default_factory=list)
+    extras: dict[str, list[Any]] = field(default_factory=dict)
+    tracebacks: dict[str, str] = field(default_factory=dict)
+    """By the detail of the failure."""
+
+
+class Scorer:
+    """Scores groups by the reward functions of a recipe. Its methods belong to one thread.
+
+    `log_dir`: where what the functions print is kept, a file a worker process; without one it is kept only for messages.
+    """
+
+    def __init__(self, config: RewardsConfig, log_dir: Path | None = None) -> None:
+        self._config = config
+        self._functions = config.functions()
+        self._selector = selectors.DefaultSelector()
+        self._lanes = self._make_lanes(log_dir)
+        self._ids = itertools.count()
+        self._groups: dict[int, _Group] = {}
+        self._inbox: SimpleQueue[tuple[int, _Group, list[Call]] | None] = SimpleQueue()
+        self._done: SimpleQueue[_Group | Exception] = SimpleQueue()
+        self._wake_read, self._wake_write = os.pipe()
+        self._thread = threading.Thread(target=self._run, name="scorer", daemon=True)
+        self._pending = 0
+        self._closed = False
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._extras: dict[Hashable, dict[str, list[Any]]] = {}
+        self._tracebacks: dict[str, str] = {}
+
+    def start(self) -> None:
+        """Starts the workers and returns when every function is imported; InputError names one that cannot be."""
+        for name in self._functions:
+            for variable in self._config.part(name).env:
+                if variable not in os.environ:
+                    raise InputError(f"rewards.parts: {name}: the environment variable {variable} that it names is not set")
+        self._thread.start()
+        for lane in set(self._lanes.values()):
+            lane.loaded.wait()
+            if lane.broken:
+                self.close()
+                raise InputError(f"rewards: {lane.broken}")
+
+    def submit(self, key: Hashable, job: ScoreJob) -> None:
+        """Asks for the Scores of a group; `poll` gives them with its key. ValueError if a column cannot be handed to a function."""
+        number, whole = next(self._ids), range(len(job.completions))
+        calls = [self._call(number, job, name, whole) for name in self._functions]
+        outcomes = {name: [Outcome(None, "unscored")] * len(whole) for name in self._functions}
+        self._inbox.put((number, _Group(key, job, len(calls), outcomes), calls))
+        self._pending += 1
+        os.write(self._wake_write, b"\0")
+
+    def poll(self, timeout_s: float = 0.0) -> list[tuple[Hashable, list[Score]]]:
+        """The groups that are done, each once; waits for a first one at most `timeout_s`, and not at all if none is pending."""
+        done: list[tuple[Hashable, list[Score]]] = []
+        while self._pending:
+            try:
+                group = self._done.get(timeout=timeout_s) if timeout_s and not done else self._done.get_nowait()
+            except Empty:
+                break
+            if isinstance(group, Exception):
+                raise RuntimeError("the scorer's thread failed") from group
+            self._pending -= 1
+            done.append((group.key, self._account(group)))
+        return done
+
+    def score(self, jobs: Sequence[ScoreJob]) -> list[list[Score]]:
+        """Scores some groups and waits for them; not while submitted ones are pending."""
+        assert not self._pending, "score() would mix its groups with those submitted"
+        for index, job in enumerate(jobs):
+            self.submit(index, job)
+        scores: dict[Hashable, list[Score]] = {}
+        while self._pending:
+            scores |= dict(self.poll(timeout_s=60.0))
+        return [scores[index] for index in range(len(jobs))]
+
+    def extras(self, key: Hashable) -> dict[str, list[Any]]:
+        """What functions logged by `log_extra` for a group that `poll` gave, a list over its completions by column; once."""
+        return self._extras.pop(key, {})
+
+    def metrics(self) -> dict[str, float]:
+        """Means of what functions logged by `log_metric`, and `time/reward/<name>_s` in all; since it was last asked."""
+        # fsum is exact, so the order in which groups were done does not show.
+        means = {name: math.fsum(v) / (1 if name.startswith("time/") else len(v)) for name, v in sorted(self._metrics.items())}
+        self._metrics.clear()
+        return means
+
+    def explain(self, scores: Sequence[Score]) -> str:
+        """One message for some failed Scores: how many, the function that failed most, what it said, and one traceback."""
+        failed = [score for score in scores if score.status in ("timeout", "error")]
+        assert failed, "nothing failed"
+        names = Counter(score.detail.partition(":")[0] for score in failed)
+        name, count = names.most_common(1)[0]
+        detail = next(score.detail for score in failed if score.detail.startswith(f"{name}:"))
+        head = f"{len(failed)} of {len(scores)} scores failed, {count} of them in the reward function '{name}': {detail}"
+        return f"{head}\n{self._tracebacks[detail]}" if detail in self._tracebacks else head
+
+    def close(self) -> None:
+        """Kills the workers; may be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._thread.is_alive():
+            self._inbox.put(None)
+            os.write(self._wake_write, b"\0")
+            self._thread.join()
+        self._selector.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def __enter__(self) -> "Scorer":
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _make_lanes(self, log_dir: Path | None) -> dict[str, Lane]:
+        """The lane of each function by its name; functions of one source share one."""
+        by_source: dict[str, dict[str, Plugin]] = defaultdict(dict)
+        for name, function in self._functions.items():
+            by_source["builtin" if name in BUILTINS else function.source][name] = function
+        limit = self._config.workers or min(4, os.cpu_count() or 1)
+        lanes: dict[str, Lane] = {}
+        for source, functions in by_source.items():
+            parts = {name: self._config.part(name) for name in functions}
+            load = {
+                "memory_mb": self._config.memory_mb,
+                "functions": [
+                    {"name": name, "source": f.source, "function": f.function, "options": parts[name].options}
+                    for name, f in functions.items()
+                ],
+            }
+            env = [variable for part in parts.values() for variable in part.env]
+            lane = Lane(source, load, env, limit, log_dir, self._selector, self._answered)
+            lanes |= dict.fromkeys(functions, lane)
+        return lanes
+
+    def _call(self, number: int, job: ScoreJob, name: str, indices: Sequence[int]) -> Call:
+        # A builtin names what it uses; a plugin gets everything, as from trl.
+        named = self._lanes[name].named[name] if name in BUILTINS else None
+        call_id = next(self._ids)
+        line = request_line(job, call_id, name, indices, named)
+        return Call(call_id, name, number, indices, line, self._config.part(name).timeout_s)
+
+    def _account(self, group: _Group) -> list[Score]:
+        for name, seconds in group.seconds.items():
+            self._metrics[f"time/reward/{name}_s"].append(seconds)
+        for name, value in group.metrics:
+            self._metrics[name].append(value)
+        if group.extras:
+            self._extras[group.key] = group.extras
+        self._tracebacks |= group.tracebacks
+        while len(self._tracebacks) > _TRACEBACKS:
+            del self._tracebacks[next(iter(self._tracebacks))]
+        each = ({name: outcomes[i] for name, outcomes in group.outcomes.items()} for i in range(len(group.job.completions)))
+        return [combine(self._config.parts, outcomes) for outcomes in each]
+
+    # --- in the thread ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        lanes = list(dict.fromkeys(self._lanes.values()))
+        try:
+            self._selector.register(self._wake_read, selectors.EVENT_READ, None)
+            for lane in lanes:
+                lane.start_worker()
+            while self._take_submitted():
+                for lane in lanes:
+                    lane.pump()
+                wait_s = min(_TICK_S, *(lane.check() for lane in lanes))
+                for key, _ in self._selector.select(max(0.0, wait_s)):
+                    if key.data is None:
+                        os.read(self._wake_read, 4096)
+                    else:
+                        lane, worker = key.data
+                        lane.wake(worker, key.fd)
+        except Exception as error:  # noqa: BLE001 - a bug here must reach the caller of poll, not hang it
+            self._done.put(error)
+            for lane in lanes:
+                lane.broken = lane.broken or "the scorer's thread failed"
+                lane.loaded.set()
+        finally:
+            for lane in lanes:
+                lane.close()
+
+    def _take_submitted(self) -> bool:
+        """Queues the calls of what was submitted; False if the scorer is being closed."""
+        while not self._inbox.empty():
+            submitted = self._inbox.get()
+            if submitted is None:
+                return False
+            number, group, calls = submitted
+            self._groups[number] = group
+            for call in calls:
+                self._lanes[call.function].queue.append(call)
+        return True
+
+    def _answered(self, call: Call, answer: Answer) -> None:
+        group = self._groups[call.group]
+        group.waiting -= 1
+        group.seconds[call.function] += answer.seconds
+        if answer.traceback:
+            group.tracebacks[answer.outcomes[0].detail] = answer.traceback
+        lane = self._lanes[call.function]
+        if answer.failed and len(call.indices) > 1 and not lane.broken and "group_ids" not in lane.named[call.function]:
+            again = [self._call(call.group, group.job, call.function, [index]) for index in call.indices]
+            lane.queue.extendleft(reversed(again))
+            group.waiting += len(again)
+            return
+        for place, index in enumerate(call.indices):
+            group.outcomes[call.function][index] = answer.outcomes[place]
+            for column, values in answer.extras.items():
+                group.extras.setdefault(column, [None] * len(group.job.completions))[index] = values[place]
+        group.metrics += answer.metrics
+        if not group.waiting:
+            del self._groups[call.group]
+            self._done.put(group)

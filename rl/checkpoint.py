@@ -1,0 +1,157 @@
+"""Checkpoints: a folder that transformers and vLLM load as a policy, and beside it what the run needs to go on.
+
+    step-<N>/  model.safetensors, config.json, tokenizer …     the policy after N steps
+               trainer/                                        optimizer and RNG, by torch.distributed.checkpoint
+               state.json                                      positions, versions, counters
+               hashes.json                                     sha256 of every file above; written last
+
+A checkpoint is written aside and renamed, so a folder named `step-<N>` is whole; its hashes are verified when it is read, and one
+that was damaged is refused by name. Saving is collective over ranks; another number of ranks may load what it wrote.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from transformers import PreTrainedTokenizerBase
+
+from data.recipe import InputError
+from rl.learner import Learner
+from rl.policy import save_policy
+from rl.ranks import Ranks
+
+BLOCK_BYTES = 1 << 22
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run."""
+
+    def __init__(self, folder: Path, keep: int, ranks: Ranks):
+        self.folder = folder
+        self.keep = keep
+        self.ranks = ranks
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are there, oldest first."""
+        names = [p.name for p in self.folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]
+        return sorted(int(name.removeprefix("step-")) for name in names)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step}"
+
+    def save(self, step: int, learner: Learner, tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]) -> Path:
+        """Writes the checkpoint of `step` and removes the oldest beyond `keep`; collective.
+
+        A full disk is an InputError that names the room needed; the checkpoints before it are intact.
+        """
+        aside = self.folder / f".step-{step}.partial"
+        try:
+            if self.ranks.main:
+                shutil.rmtree(aside, ignore_errors=True)
+                save_policy(aside, learner.export(), learner.model, tokenizer)
+            else:
+                for _ in learner.export():
+                    pass
+            self.ranks.barrier()
+            dcp.save(_trainer_state(learner, self.ranks), checkpoint_id=aside / "trainer", no_dist=self.ranks.count == 1)
+            if self.ranks.main:
+                (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+                (aside / "hashes.json").write_text(json.dumps(_hashes(aside), indent=2) + "\n")
+                _make_durable(aside)
+                shutil.rmtree(self.path(step), ignore_errors=True)
+                os.replace(aside, self.path(step))
+                for old in self.steps()[: -self.keep]:
+                    shutil.rmtree(self.path(old))
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            if error.errno != errno.ENOSPC:
+                raise
+            last = self.steps()[-1:]
+            intact = f"the last checkpoint, {self.path(last[0])}, is intact" if last else "there is no checkpoint yet"
+            raise InputError(f"{self.folder}: no space for the checkpoint of step {step}; make room and start again; {intact}") from None
+        self.ranks.barrier()
+        return self.path(step)
+
+    def newest(self) -> int | None:
+        """The newest step whose checkpoint is whole; a damaged one is named on the way."""
+        for step in reversed(self.steps()):
+            damage = _damage(self.path(step))
+            if damage is None:
+                return step
+            print(f"{self.path(step)}: damaged ({damage}); going on from the checkpoint before it", flush=True)
+        return None
+
+    def load(self, step: int, learner: Learner) -> dict[str, Any]:
+        """Puts optimizer and RNG back in place and returns the state; the learner's model was loaded from the same folder."""
+        reader = dcp.FileSystemReader(self.path(step) / "trainer")
+        state = _trainer_state(learner, self.ranks)
+        own = f"rng/{self.ranks.rank}"
+        if own not in reader.read_metadata().state_dict_metadata:
+            del state[own]  # written by fewer ranks
+        dcp.load(state, storage_reader=reader, no_dist=self.ranks.count == 1)
+        if own in state:
+            torch.set_rng_state(state[own])
+        return json.loads((self.path(step) / "state.json").read_text())
+
+
+def room_needed(parameters: int, bytes_each: int, keep: int) -> int:
+    """Bytes that the checkpoints of a run take at most at once: `keep` and the one being written."""
+    return parameters * bytes_each * (keep + 1)
+
+
+def check_room(folder: Path, needed_bytes: int) -> None:
+    """InputError if the disk of `folder` (or of its first parent that exists) has less room than a run's checkpoints take."""
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes:
+        raise InputError(
+            f"{folder}: no space for the checkpoints: they take up to {needed_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB; "
+            "make room, set run.output_dir to another disk, or lower checkpoint.keep"
+        )
+
+
+def _trainer_state(learner: Learner, ranks: Ranks) -> dict[str, torch.Tensor]:
+    return {**learner.optim.state_dict(), f"rng/{ranks.rank}": torch.get_rng_state()}
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "hashes.json")
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): _sha256(p) for p in _files(folder)}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        wanted = json.loads((folder / "hashes.json").read_text())
+    except (OSError, ValueError) as error:
+        return f"hashes.json: {error}"
+    for name, digest in wanted.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _sha256(folder / name) != digest:
+            return f"{name} is not what was written"
+    return None
+
+
+def _make_durable(folder: Path) -> None:
+    for path in (*_files(folder), folder / "hashes.json", folder):
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)

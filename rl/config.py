@@ -1,0 +1,226 @@
+"""The sections of a GRPO recipe and the recipe itself. The string under a field is its help: meaning, unit, special value, source.
+
+`prompts` is defined in `data/`, `rewards` in `rewards/`; all other sections are here. Names of the recipe format whose work this
+version does not have are refused by name, never ignored.
+"""
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from data.prompt_config import PromptsConfig
+from data.recipe import Section, not_there_yet
+from rewards.config import RewardsConfig
+
+
+class RunConfig(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.\-]*$")
+    """Names the run and its folder, `<output_dir>/<name>`."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything drawn: order of prompts, completions, initial adapters."""
+    output_dir: str = "outputs"
+    """Where run folders are."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on if the folder holds this recipe, print the result again if it is finished; never: refuse a folder in use."""
+
+
+class PolicyConfig(Section):
+    path: str | None = None
+    """Folder or hub id with safetensors, config and tokenizer."""
+    revision: str | None = None
+    """Revision of a hub id."""
+    config: str | None = None
+    """A model config in JSON, for the sizes of a dry run where the weights are not at hand."""
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """Of forward and backward; the optimizer's masters are FP32 in any case."""
+    lora: None = None
+    """Reserved: low-rank adapters through peft."""
+    activation_checkpointing: bool = False
+    """Recompute each layer's activations in the backward: less memory, about a third more time."""
+
+    @field_validator("precision")
+    @classmethod
+    def _precision(cls, value: str) -> str:
+        not_there_yet(value, ["fp8"])
+        return value
+
+    @model_validator(mode="after")
+    def _some_source(self) -> "PolicyConfig":
+        if self.path is None:
+            raise ValueError("policy.path is missing: a folder or a hub id; `accelerate launch -m sft.train` makes one")
+        return self
+
+
+class RolloutConfig(Section):
+    engine: Literal["vllm", "hf"] = "vllm"
+    """vllm: a process of its own for each engine; hf: transformers in this process, for tests and bit-exact runs."""
+    engines: int = Field(1, ge=1)
+    """Number of engines on this machine."""
+    group_size: int = Field(8, ge=2)
+    """G: completions of a prompt that are judged against each other. One alone has nothing to be judged against."""
+    max_tokens: int = Field(64, ge=1)
+    """Longest completion, in tokens."""
+    max_model_len: int | None = Field(None, ge=2)
+    """Longest prompt and completion together, in tokens; null: the longest prompt plus max_tokens."""
+    temperature: float = Field(1.0, gt=0.0, le=10.0)
+    """Of sampling; the learner's log-probs are at the same temperature."""
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: list[str] = []
+    """Strings that end a completion, besides the tokenizer's end of text; they stay in it."""
+    slots: int = Field(128, ge=1)
+    """Completions an engine decodes at once (vLLM's max_num_seqs)."""
+    gpu_memory_utilization: float = Field(0.85, gt=0.0, lt=1.0)
+    """Share of a GPU that a vLLM engine takes; not used on CPU."""
+    max_resamples: int = Field(3, ge=0)
+    """How often in a step a group that could not be scored is asked again."""
+    resample_zero_groups: bool = False
+    """Ask again for groups whose rewards are all equal (dynamic sampling, arXiv:2503.14476), within max_resamples."""
+    max_staleness: int = Field(0, ge=0)
+    """Versions that a group may be older than the weights it trains; 0 is on-policy."""
+    placement: Literal["split", "colocate", "ray"] = "split"
+    """split: engines on GPUs (or cores) of their own."""
+    tensor_parallel: int = Field(1, ge=1)
+    """GPUs for each engine."""
+
+    @model_validator(mode="after")
+    def _true_distribution(self) -> "RolloutConfig":
+        # The learner's ratio is over the full softmax; an engine that samples from a truncated one has other log-probs.
+        if self.top_p != 1.0 or self.top_k != 0:
+            raise ValueError(
+                f"top_p {self.top_p:g} and top_k {self.top_k} truncate what the engine samples from, while the learner's "
+                "ratio is over the whole softmax; training takes top_p 1 and top_k 0"
+            )
+        if self.max_staleness > 0:
+            raise ValueError(f"max_staleness {self.max_staleness}: this version samples on-policy, with 0")
+        if self.resample_zero_groups:
+            raise ValueError("resample_zero_groups is a name of the recipe format, but this version does not have it yet")
+        return self
+
+    @field_validator("placement")
+    @classmethod
+    def _placement(cls, value: str) -> str:
+        not_there_yet(value, ["colocate", "ray"])
+        return value
+
+
+class AdvantageConfig(Section):
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    """mean: of the group (GRPO, arXiv:2402.03300); leave_one_out: of the other completions (RLOO, arXiv:2402.14740)."""
+    scale: Literal["group", "batch", "none"] = "group"
+    """Standard deviation to divide by: the group's, the batch's, or none (Dr. GRPO, arXiv:2503.20783)."""
+    ddof: Literal[0, 1] = 0
+    """Of the standard deviation; trl uses 1."""
+    eps: float = Field(1e-4, ge=0.0)
+    """Added to the standard deviation."""
+
+
+class LossConfig(Section):
+    kind: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "dapo"
+    """Paper of each: `rl/loss.py`."""
+    clip_low: float = Field(0.2, ge=0.0)
+    """Lower bound of the ratio is 1 - clip_low."""
+    clip_high: float = Field(0.28, ge=0.0)
+    """Upper bound of the ratio is 1 + clip_high; DAPO uses 0.28 (arXiv:2503.14476)."""
+    kl_coef: float = Field(0.0, ge=0.0)
+    """Weight of the KL to the reference, the policy as it was when the run began; 0: no reference is kept."""
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the KL (Schulman 2020); k3 is unbiased and non-negative."""
+    ratio_base: Literal["learner", "engine"] = "learner"
+    """Whose log-probs are old_logp: the learner's at the start of the step, or the engine's."""
+    correction: Literal["none", "token", "sequence", "geometric"] = "token"
+    """Weight for engine against learner, exp(old_logp - engine_logp): truncated by token, or masked by sequence."""
+    correction_max: float = Field(2.0, gt=1.0)
+    """token: weights are cut to this; sequence and geometric: completions outside [1/max, max] are masked."""
+    mask_truncated: bool = False
+    """Completions cut off at max_tokens teach nothing (DAPO's overlong filtering)."""
+
+
+class OptimizerConfig(Section):
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0.0)
+    weight_decay: float = Field(0.0, ge=0.0)
+    """Decoupled, on matrices alone (AdamW)."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Type of both moments; DeepSeek-V3 keeps BF16 (arXiv:2412.19437, section 3.3.3)."""
+
+
+class LearnerConfig(Section):
+    steps: int = Field(60, ge=1)
+    """Steps of the run; each samples, scores and learns from prompts_per_step groups."""
+    prompts_per_step: int = Field(32, ge=1)
+    """P: groups a step."""
+    steps_per_batch: int = Field(1, ge=1)
+    """Optimizer steps for each batch of groups, which is split among them."""
+    epochs_per_batch: int = Field(1, ge=1)
+    """Passes over each batch of groups."""
+    micro_tokens: int = Field(16384, ge=1)
+    """Tokens of one forward and backward pass on a rank; a longer group is a pass of its own."""
+    lr: float = Field(1e-4, gt=0.0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Of the learning rate after the warm-up; linear and cosine end at 0 after schedule_steps."""
+    schedule_steps: int | None = Field(None, ge=1)
+    """Steps of the run over which the schedule falls; null: `steps`."""
+    warmup_steps: int = Field(5, ge=0)
+    """Steps of the run over which the learning rate rises from 0."""
+    max_grad_norm: float = Field(1.0, gt=0.0)
+    """The gradient is scaled down to this L2 norm."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of the learner; null: all cores but not more than 16."""
+
+    @model_validator(mode="after")
+    def _enough_groups(self) -> "LearnerConfig":
+        if self.steps_per_batch > self.prompts_per_step:
+            raise ValueError(
+                f"steps_per_batch {self.steps_per_batch} is more than prompts_per_step {self.prompts_per_step}: "
+                "every optimizer step needs a group"
+            )
+        return self
+
+
+class EvalConfig(Section):
+    every: int = Field(20, ge=0)
+    """Steps between evaluations; 0: only before the first step and after the last."""
+    prompts: PromptsConfig | None = None
+    """Held-out prompts; null: no evaluation."""
+    samples: int = Field(4, ge=1)
+    """Completions of each prompt."""
+    temperature: float = Field(1.0, ge=0.0)
+    """0 is greedy."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Longest completion; null: rollout.max_tokens."""
+    greedy: bool = True
+    """Also one greedy completion of each prompt before the first step and after the last, so that mere sharpening shows."""
+    reward: str | None = None
+    """The part that says whether a completion is right (1) or not; null: the first of rewards.parts."""
+
+
+class CheckpointConfig(Section):
+    every: int = Field(20, ge=0)
+    """Steps between checkpoints; 0: only after the last."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints to keep."""
+
+
+class LogConfig(Section):
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "clearml", "aim", "swanlab", "trackio"]] = []
+    """Trackers of accelerate that get the numbers of metrics.jsonl as well."""
+    completions: bool = True
+    """Write `completions/step-<N>.parquet`, every completion with its scores."""
+
+
+class TrainRecipe(Section):
+    """`rl.train`: GRPO from a policy, prompts and rewards."""
+
+    run: RunConfig
+    policy: PolicyConfig
+    prompts: PromptsConfig
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: RewardsConfig
+    advantage: AdvantageConfig = AdvantageConfig()
+    loss: LossConfig = LossConfig()
+    learner: LearnerConfig = LearnerConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()

@@ -1,0 +1,150 @@
+"""An engine is a copy of the policy that samples. This is all the rest of Cohort knows of one.
+
+Calls post work and return; what comes of it arrives in one mailbox that all engines of a pool share, so that whoever reads it
+needs neither threads nor a loop for each engine. An engine never decides anything: which completion it samples, from which seed,
+and under which weights are the pool's. Three kinds share the protocol: `hf` (transformers, in a thread of this process), `vllm`
+(a process of its own), and servers reached by URL.
+
+Weights travel as chunks of one shared file, in the names and shapes of a checkpoint. The file keeps the whole model until the
+next update, so an engine that restarts can be brought to the current weights without asking the learner again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Protocol
+
+import numpy as np
+
+from data.values import Completion
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled; the same for all completions of a group."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    """0 is greedy; its log-probs are those of temperature 1."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion; their tokens stay in it."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is all tokens."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion asked of an engine."""
+
+    prompt_id: str
+    group_id: str
+    attempt: int
+    index: int
+    seed: int
+    prompt_ids: np.ndarray
+    """int32 [prompt tokens]."""
+    sampling: Sampling
+    position: int = 0
+    """The prompt's place in the stream; an engine that takes whole groups is chosen by it."""
+
+    @property
+    def id(self) -> str:
+        return f"{self.group_id}#{self.index}"
+
+
+@dataclass(frozen=True)
+class TensorSlot:
+    """One tensor of a chunk: checkpoint name, torch dtype by name (`float32`), shape, and where its bytes begin in the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class WeightChunk:
+    """Some tensors of an update, by the shared file that holds their bytes."""
+
+    path: str
+    slots: tuple[TensorSlot, ...]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An engine finished a completion (or gave back what it had of an aborted one)."""
+
+    engine: str
+    completion: Completion
+
+
+@dataclass(frozen=True)
+class Died:
+    """An engine is gone; `reason` ends with the last lines of its log."""
+
+    engine: str
+    reason: str
+
+
+Event = Finished | Died
+Mailbox = SimpleQueue[Event]
+
+
+class EngineDead(RuntimeError):
+    """An engine died, or answered a call with an error. The message names it and holds its last log lines."""
+
+
+@dataclass(frozen=True)
+class Health:
+    """What an engine says of itself."""
+
+    alive: bool
+    running: int
+    """Completions submitted and not finished."""
+    version: int
+    """The policy version it samples from."""
+    tokens: int
+    """Completion tokens sampled since its start."""
+    busy_s: float
+    """Seconds since its start in which at least one completion was being sampled."""
+
+
+class Engine(Protocol):
+    """Any method raises EngineDead if the engine is gone."""
+
+    name: str
+    slots: int
+    """Completions it samples at once; the pool keeps it that full."""
+    whole_groups: bool
+    """True where one submit is one call of fixed shape over a whole group, never split or joined (exactness (a))."""
+
+    def start(self, mailbox: Mailbox) -> None:
+        """Loads the policy and returns when the engine can sample; it is then at version 0 unless told otherwise."""
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Asks for completions of one group; each arrives in the mailbox once."""
+
+    def abort(self, ids: Sequence[str]) -> None:
+        """Ends these requests; what they have so far arrives with finish_reason `abort`. Unknown ids are passed over."""
+
+    def pause(self) -> None:
+        """Stops between two tokens and returns when it has; requests stay. Further submits are queued."""
+
+    def resume(self) -> None:
+        """Goes on where `pause` stopped."""
+
+    def begin_update(self, version: int) -> None:
+        """Opens an update; the engine must be idle or paused."""
+
+    def load(self, chunk: WeightChunk) -> None:
+        """Copies a chunk's tensors into the model."""
+
+    def end_update(self) -> None:
+        """Closes the update, drops the prefix cache, and returns when the next token comes from the new weights."""
+
+    def health(self) -> Health:
+        """Answers within seconds or raises."""
+
+    def close(self) -> None:
+        """Ends the engine and frees what it holds; may be called twice."""

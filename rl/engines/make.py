@@ -1,0 +1,43 @@
+"""The engines that a recipe asks for."""
+
+from pathlib import Path
+
+import torch
+
+from rl.config import PolicyConfig, RolloutConfig
+from rl.engines.base import Engine
+from rl.engines.hf import HfEngine
+from rl.engines.vllm import VllmEngine
+from rl.policy import DTYPES
+
+
+def make_engines(rollout: RolloutConfig, policy: PolicyConfig, folder: Path, max_model_len: int, logs: Path) -> list[Engine]:
+    """Engines `engine-0`, `engine-1`, … for the policy in `folder`, not started; a vLLM engine's output goes to a file in `logs`."""
+    dtype = DTYPES[policy.precision]
+    gpus = torch.cuda.device_count()
+    engines: list[Engine] = []
+    for number in range(rollout.engines):
+        name = f"engine-{number}"
+        if rollout.engine == "hf":
+            engines.append(HfEngine(name, str(folder), dtype, rollout.slots, "cuda" if gpus else "cpu"))
+            continue
+        engines.append(
+            VllmEngine(
+                name,
+                folder,
+                log_path=logs / f"{name}.log",
+                dtype="float32" if dtype is torch.float32 else "bfloat16",
+                max_model_len=max_model_len,
+                slots=rollout.slots,
+                tensor_parallel=rollout.tensor_parallel,
+                devices=_devices(number, rollout, gpus),
+                weight_backend="nccl" if gpus else "cohort_file",
+            )
+        )
+    return engines
+
+
+def _devices(number: int, rollout: RolloutConfig, gpus: int) -> tuple[int, ...]:
+    """GPUs of an engine under `placement: split`: the learner's ranks have the first ones, engines the last."""
+    first = gpus - (rollout.engines - number) * rollout.tensor_parallel
+    return tuple(range(first, first + rollout.tensor_parallel)) if gpus else ()

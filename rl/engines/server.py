@@ -1,0 +1,150 @@
+"""The inside of an engine that is a process: what it is told, what it answers, and the loop between.
+
+The loop takes what came through the pipe, lets the sampler do one step, and sends what finished. Between two steps the engine can
+be fed, paused, updated or asked how it is: a free slot never waits for a batch to end, and an update falls between two tokens.
+Idle, it blocks on the pipe; when the trainer is gone the pipe ends, and so does the loop. What samples is behind `Core`, so
+nothing here knows vLLM.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+from data.values import Completion
+from rl.engines.base import Health, Request, WeightChunk
+
+
+@dataclass(frozen=True)
+class Call:
+    """Trainer to engine: a method of Server."""
+
+    number: int | None
+    """Names the answer; None where none is waited for."""
+    method: str
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Engine to trainer: what call `number` returned."""
+
+    number: int
+    value: Any
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Engine to trainer: the policy is loaded."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Engine to trainer: the exception that ends the engine."""
+
+    error: str
+
+
+class Core(Protocol):
+    """What the loop needs of that which samples."""
+
+    requests: dict[str, Request]
+    """Submitted and not given back."""
+
+    def add(self, request: Request) -> None: ...
+
+    def abort(self, ids: Sequence[str]) -> list[Completion]:
+        """Gives back what these have, now or in a later step."""
+
+    def step(self) -> list[Completion]:
+        """What finished: by one step, or within a few milliseconds."""
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def check(self) -> None:
+        """Raises if a process it depends on is gone."""
+
+    def running_tokens(self) -> int:
+        """Tokens sampled so far of `requests`."""
+
+    def begin_update(self) -> None: ...
+
+    def load(self, chunk: WeightChunk) -> None: ...
+
+    def transfer(self, method: str, info: dict[str, Any]) -> None:
+        """A call that only the weight backend understands."""
+
+    def end_update(self, version: int) -> None:
+        """Names the new weights, and drops every key and value of older ones, those of running requests included."""
+
+
+class Server:
+    """The loop, and what each call does."""
+
+    def __init__(self, pipe: Connection, core: Core) -> None:
+        self.pipe = pipe
+        self.core = core
+        self.paused = False
+        self.version = 0
+        self.next_version = 0
+        self.tokens = 0
+        self.busy_s = 0.0
+
+    def run(self) -> None:
+        """Ends with EOFError when the other end of the pipe is closed."""
+        while True:
+            sampling = bool(self.core.requests) and not self.paused
+            if not sampling or self.pipe.poll():
+                call: Call = self.pipe.recv()
+                value = getattr(self, call.method)(*call.args)
+                if call.number is not None:
+                    self.pipe.send(Answer(call.number, value))
+            else:
+                began = time.perf_counter()
+                finished = self.core.step()
+                self.busy_s += time.perf_counter() - began
+                self.give(finished)
+
+    def give(self, completions: Sequence[Completion]) -> None:
+        for completion in completions:
+            self.tokens += len(completion.token_ids)
+            self.pipe.send(completion)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            assert request.id not in self.core.requests, f"{request.id} is being sampled already"
+            self.core.add(request)
+
+    def abort(self, ids: Sequence[str]) -> None:
+        self.give(self.core.abort([i for i in ids if i in self.core.requests]))
+
+    def pause(self) -> None:
+        self.core.pause()
+        self.paused = True
+
+    def resume(self) -> None:
+        self.core.resume()
+        self.paused = False
+
+    def begin_update(self, version: int) -> None:
+        assert self.paused or not self.core.requests, "an update began while completions were sampled; pause the engine first"
+        self.next_version = version
+        self.core.begin_update()
+
+    def load(self, chunk: WeightChunk) -> None:
+        self.core.load(chunk)
+
+    def transfer(self, method: str, info: dict[str, Any]) -> None:
+        self.core.transfer(method, info)
+
+    def end_update(self) -> None:
+        self.core.end_update(self.next_version)
+        self.version = self.next_version
+
+    def health(self) -> Health:
+        self.core.check()
+        tokens = self.tokens + self.core.running_tokens()
+        return Health(True, len(self.core.requests), self.version, tokens, self.busy_s)

@@ -1,0 +1,460 @@
+"""vLLM's side of an engine: what runs in the engine's own process. The one module of `rl` that imports vllm.
+
+vLLM has two shapes here, and the loop of `rl.engines.server` does not see which. On a CPU the engine core is stepped in this
+process: a second one would import vllm once more and fight for the same cores. On a GPU AsyncLLM runs the engine core in a
+process of its own, so that the GPU does not wait for Python. AsyncLLM is tested on a CPU; nothing here has run on a GPU.
+
+Weights come through vLLM's RL API (start, update, finish) and a backend registered here, `cohort_file`, which reads the shared
+weight file; or, between GPUs, through `nccl`, vLLM's own, driven by `NcclSender`. After an update every running request is
+computed anew and the prefix cache is empty: no key of older weights is ever used again.
+"""
+
+import asyncio
+import gc
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from vllm.config import VllmConfig
+from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import (
+    ParamMeta,
+    WeightSource,
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+    WeightTransferUpdatePayload,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.inputs.engine import tokens_input
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.models.registry import ModelRegistry
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine import FinishReason
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.engine.output_processor import OutputProcessor
+
+from data.values import Completion
+from rl.engines.base import Request, TensorSlot, WeightChunk
+from rl.engines.server import Failed, Ready, Server
+from rl.engines.vllm import VllmEngine, VllmSpec
+from rl.engines.weights import Exporter, Manifest, read_chunk
+
+Method = TypeVar("Method")
+
+KV_CACHE_MAX_bytes = 4 << 30
+"""On a CPU: an engine whose slots could fill more takes this, and lets requests wait."""
+POLL_s = 0.005
+"""How long a step waits for AsyncLLM before the loop looks at the pipe again."""
+
+
+def serve(pipe: Connection, spec: VllmSpec) -> None:
+    """Builds the engine, says Ready, and serves calls until the pipe ends; then takes down every process it started."""
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+    gc.freeze()  # vLLM collects garbage five times in a start; what came with the fork server need not be looked at
+    # tqdm's own would be a semaphore, of which multiprocessing complains when the engine is killed.
+    tqdm.set_lock(threading.RLock())
+    try:
+        core = AsyncCore(spec) if spec.asynchronous else StepCore(spec)
+        pipe.send(Ready())
+        Server(pipe, core).run()
+    except EOFError:
+        pass  # the trainer closed the pipe, or is gone
+    except Exception as error:
+        logging.getLogger(__name__).exception("engine %s", spec.name)
+        with suppress(BrokenPipeError):
+            pipe.send(Failed(f"{type(error).__name__}: {' '.join(str(error).split())}"))
+    finally:
+        os.killpg(0, signal.SIGKILL)
+
+
+class StepCore:
+    """The engine core in this process, one step at a time: CPU."""
+
+    def __init__(self, spec: VllmSpec) -> None:
+        self.name = spec.name
+        self.llm = LLMEngine.from_vllm_config(engine_config(spec), disable_log_stats=True)
+        self.llm.set_weight_version("0")
+        self.requests: dict[str, Request] = {}
+        self.internal: dict[str, str] = {}
+        """vLLM's own id of each request."""
+
+    def add(self, request: Request) -> None:
+        prompt = tokens_input(request.prompt_ids.tolist())
+        self.internal[request.id] = self.llm.add_request(request.id, prompt, sampling_params(request))
+        self.requests[request.id] = request
+
+    def abort(self, ids: Sequence[str]) -> list[Completion]:
+        outputs = []
+        for request_id in ids:
+            # LLMEngine.abort_request gives nothing back, so what there is is taken first.
+            state = self.llm.output_processor.request_states[self.internal[request_id]]
+            outputs.append(state.make_request_output([], None, FinishReason.ABORT, None))
+            self.llm.abort_request([self.internal[request_id]], internal=True)
+        return self.completions(outputs)
+
+    def step(self) -> list[Completion]:
+        return self.completions(self.llm.step())
+
+    def completions(self, outputs: Iterable[RequestOutput]) -> list[Completion]:
+        for output in outputs:
+            del self.internal[output.request_id]
+        return [to_completion(self.requests.pop(output.request_id), output, self.name) for output in outputs]
+
+    def pause(self) -> None:
+        """Nothing runs between two steps."""
+
+    def resume(self) -> None:
+        """The next step goes on."""
+
+    def check(self) -> None:
+        """It lives and dies with this process."""
+
+    def running_tokens(self) -> int:
+        return count_tokens(self.llm.output_processor)
+
+    def begin_update(self) -> None:
+        self.llm.collective_rpc("start_weight_update")
+
+    def load(self, chunk: WeightChunk) -> None:
+        self.llm.collective_rpc("update_weights", kwargs={"update_info": asdict(chunk)})
+
+    def transfer(self, method: str, info: dict[str, Any]) -> None:
+        self.llm.collective_rpc(method, kwargs=info)
+
+    def end_update(self, version: int) -> None:
+        self.llm.collective_rpc("finish_weight_update")
+        self.llm.reset_prefix_cache(reset_running_requests=True)
+        self.llm.set_weight_version(str(version))
+
+
+class AsyncCore:
+    """AsyncLLM, which runs the engine core in a process of its own, and an event loop in a thread: GPU."""
+
+    def __init__(self, spec: VllmSpec) -> None:
+        self.name = spec.name
+        self.requests: dict[str, Request] = {}
+        self.finished: SimpleQueue[Future[RequestOutput]] = SimpleQueue()
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self.llm = self.wait(self.build(spec))
+
+    async def build(self, spec: VllmSpec) -> AsyncLLM:
+        llm = AsyncLLM.from_vllm_config(engine_config(spec), disable_log_stats=True)
+        await llm.update_weight_version("0")
+        return llm
+
+    def wait(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+    def add(self, request: Request) -> None:
+        self.requests[request.id] = request
+        asyncio.run_coroutine_threadsafe(self.generate(request), self.loop).add_done_callback(self.finished.put)
+
+    async def generate(self, request: Request) -> RequestOutput:
+        prompt = tokens_input(request.prompt_ids.tolist())
+        # One output, the last: sampling_params asks for no other.
+        async for output in self.llm.generate(prompt, sampling_params(request), request.id):
+            last = output
+        return last
+
+    def abort(self, ids: Sequence[str]) -> list[Completion]:
+        self.wait(self.llm.abort(ids))
+        return []  # `generate` ends with what they have
+
+    def step(self) -> list[Completion]:
+        outputs: list[RequestOutput] = []
+        try:
+            while True:
+                outputs.append(self.finished.get(timeout=0 if outputs else POLL_s).result())
+        except Empty:
+            return [to_completion(self.requests.pop(output.request_id), output, self.name) for output in outputs]
+
+    def pause(self) -> None:
+        self.wait(self.llm.pause_generation(mode="keep", clear_cache=False))
+
+    def resume(self) -> None:
+        self.wait(self.llm.resume_generation())
+
+    def check(self) -> None:
+        self.wait(self.llm.check_health())
+
+    def running_tokens(self) -> int:
+        async def count() -> int:
+            return count_tokens(self.llm.output_processor)
+
+        return self.wait(count())
+
+    def begin_update(self) -> None:
+        self.wait(self.llm.collective_rpc("start_weight_update"))
+
+    def load(self, chunk: WeightChunk) -> None:
+        self.wait(self.llm.collective_rpc("update_weights", kwargs={"update_info": asdict(chunk)}))
+
+    def transfer(self, method: str, info: dict[str, Any]) -> None:
+        self.wait(self.llm.collective_rpc(method, kwargs=info))
+
+    def end_update(self, version: int) -> None:
+        self.wait(self.llm.collective_rpc("finish_weight_update"))
+        self.wait(self.llm.reset_prefix_cache(reset_running_requests=True))
+        self.wait(self.llm.update_weight_version(str(version)))
+
+
+def count_tokens(processor: OutputProcessor) -> int:
+    return sum(state.detokenizer.num_output_tokens() for state in processor.request_states.values())
+
+
+def sampling_params(request: Request) -> SamplingParams:
+    """Text is made only where a stop string has to be found in it; the log-prob is that of the sampled token alone."""
+    wanted = request.sampling
+    return SamplingParams(
+        max_tokens=wanted.max_tokens,
+        temperature=wanted.temperature,
+        top_p=wanted.top_p,
+        top_k=wanted.top_k,
+        seed=request.seed,
+        stop=list(wanted.stop),
+        include_stop_str_in_output=True,
+        detokenize=bool(wanted.stop),
+        skip_special_tokens=False,
+        logprobs=0,
+        flat_logprobs=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def to_completion(request: Request, output: RequestOutput, engine: str) -> Completion:
+    """vLLM names the weights of every span of tokens; an aborted request without a token has no span."""
+    sampled = output.outputs[0]
+    version = np.zeros(len(sampled.token_ids), np.int32)
+    for span in sampled.weight_versions or ():
+        version[span.start : span.end] = int(span.version)
+    return Completion(
+        prompt_id=request.prompt_id,
+        group_id=request.group_id,
+        index=request.index,
+        attempt=request.attempt,
+        seed=request.seed,
+        token_ids=np.array(sampled.token_ids, np.int32),
+        mask=np.ones(len(sampled.token_ids), np.uint8),
+        engine_logp=np.array(sampled.logprobs.logprobs, np.float32),
+        policy_version=version,
+        finish_reason=sampled.finish_reason,
+        engine=engine,
+    )
+
+
+def engine_config(spec: VllmSpec) -> VllmConfig:
+    """vLLM's configuration; on a CPU with every setting that makes it right there."""
+    args: dict[str, Any] = {
+        "model": str(spec.policy_path),
+        "dtype": spec.dtype,
+        "max_model_len": spec.max_model_len,
+        "max_num_seqs": spec.slots,
+        "tensor_parallel_size": spec.tensor_parallel,
+        "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from, at its temperature
+        "disable_log_stats": True,
+        "seed": 0,
+        # vLLM imports this module in each of its workers, and so finds the backend below.
+        "worker_extension_cls": f"{__name__}.WorkerExtension",
+        "weight_transfer_config": WeightTransferConfig(backend=spec.weight_backend),
+    }
+    if spec.devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, spec.devices))
+        return AsyncEngineArgs(**args).create_engine_config()
+
+    # The platform would otherwise put the executor into one more process, and import vllm again.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["OMP_NUM_THREADS"] = str(spec.threads)
+    torch.set_num_threads(spec.threads)
+    # Even eager vLLM compiles the ranks of log-probs, which nobody reads here: 25 s of C++ compiler, where there is one.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    torch._dynamo.config.disable = True
+    policy = json.loads((spec.policy_path / "config.json").read_text())
+    for architecture in policy["architectures"]:
+        # vLLM looks at a model class in a subprocess, which imports vllm again, to keep CUDA out of this one.
+        ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
+    if "kv_lora_rank" in policy:  # MLA
+        args["attention_config"] = {"backend": "CPU_MLA"}  # AMX_MLA cannot be updated, and requantises kv_b_proj
+        # vLLM's C kernel reads MLA's strided queries as if they were dense, and rotates the wrong rows.
+        args["compilation_config"] = {"custom_ops": ["all", "-rotary_embedding"]}
+    config = AsyncEngineArgs(enforce_eager=True, **args).create_engine_config()
+    config.cache_config.kv_cache_memory_bytes = kv_cache_bytes(config)
+    return config
+
+
+def kv_cache_bytes(config: VllmConfig) -> int:
+    """Room for every slot at full length as far as KV_CACHE_MAX_bytes goes, at least for one; an explicit size also spares the warm-up."""
+    model, parallel = config.model_config, config.parallel_config
+    vectors = 1 if model.use_mla else 2 * model.get_num_kv_heads(parallel)
+    token_bytes = vectors * model.get_head_size() * model.get_num_layers(parallel) * model.dtype.itemsize
+    block = config.cache_config.block_size
+    slot_bytes = (-(-model.max_model_len // block) + 1) * block * token_bytes
+    return max(min(config.scheduler_config.max_num_seqs * slot_bytes, KV_CACHE_MAX_bytes), 2 * slot_bytes)
+
+
+class WorkerExtension:
+    """Adds nothing to vLLM's worker but the import of this module."""
+
+
+@dataclass
+class FileInit(WeightTransferInitInfo):
+    """The file needs no rendezvous."""
+
+
+@dataclass
+class FileUpdate(WeightTransferUpdateInfo):
+    """A WeightChunk in plain values, as it crosses from AsyncLLM to its engine core."""
+
+    path: str
+    slots: Sequence[dict[str, Any]]
+
+
+class FileTransfer(WeightTransferEngine[FileInit, FileUpdate]):
+    """Loads chunks of the shared weight file, layer by layer, as vLLM loads a checkpoint."""
+
+    init_info_cls = FileInit
+    update_info_cls = FileUpdate
+
+    def __init__(
+        self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: torch.nn.Module
+    ) -> None:
+        super().__init__(config, vllm_config, device, model)
+        self.kernels: dict[UnquantizedFusedMoEMethod, Any] = {}
+        if device.type == "cpu":
+            # Without it the attention kernel dies of SIGILL on a first prompt of a few tokens, where the CPU has AMX.
+            torch.cpu._init_amx()
+
+    def init_transfer_engine(self, init_info: FileInit) -> None:
+        """Nothing to set up."""
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+        if self.device.type == "cpu":
+            # With a kernel in place vLLM takes new expert weights as packed already, and computes wrong experts without a word.
+            for _, method in self.layers(UnquantizedFusedMoEMethod):
+                self.kernels[method] = method.moe_kernel
+                method.moe_kernel = None
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: FileUpdate) -> None:
+        slots = tuple(TensorSlot(**{**slot, "shape": tuple(slot["shape"])}) for slot in update_info.slots)
+        self.model.load_weights(self.tensors(WeightChunk(update_info.path, slots)))
+
+    def tensors(self, chunk: WeightChunk) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in read_chunk(chunk):
+            yield name, tensor.to(self.device)
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+            return
+        for method, kernel in self.kernels.items():
+            if method.moe_kernel is None:  # its layer got no weights
+                method.moe_kernel = kernel
+        self.kernels.clear()
+        # A head that is tied to the embedding gets no weights of its own, and would go on with its packed copy of the old ones.
+        for layer, method in self.layers(UnquantizedEmbeddingMethod):
+            method.process_weights_after_loading(layer)
+
+    def layers(self, kind: type[Method]) -> Iterator[tuple[torch.nn.Module, Method]]:
+        """Layers whose weights are handled by this kind of method."""
+        for layer in self.model.modules():
+            method = getattr(layer, "quant_method", None)  # vLLM's layers have one or not
+            if isinstance(method, kind):
+                yield layer, method
+
+    def shutdown(self) -> None:
+        """The file is the sender's."""
+
+
+WeightTransferEngineFactory.register_engine("cohort_file", FileTransfer)
+
+
+class NcclSender:
+    """The learner's end of vLLM's `nccl` backend: broadcasts from the learner's GPU to those of all engines. Has never run.
+
+    Made on every rank, of engines whose `weight_backend` is `nccl`; rank 0 alone has them. An engine that restarts cannot be
+    replayed from a file here: all of them join a new sender.
+    """
+
+    def __init__(
+        self, engines: Sequence[VllmEngine], learner: Exporter, manifest: Manifest, *, rank: int, address: str, port: int
+    ) -> None:
+        """address, port: where rank 0 and the engines' workers meet."""
+        self.fan_out = FanOut(engines)
+        self.sender = NCCLTrainerWeightTransferEngine.trainer_init(
+            NCCLTrainerInitInfo(address, port, 1 + self.fan_out.workers, rank=rank),
+            client=self.fan_out,
+            source=ExportSource(learner, manifest),
+        )
+
+    def push(self, version: int) -> None:
+        """Collective over ranks, as WeightSync.push."""
+        self.fan_out.version = version
+        self.sender.send_weights()
+
+
+class FanOut:
+    """vLLM's VLLMWeightSyncClient over all engines at once: each call returns when every engine has."""
+
+    def __init__(self, engines: Sequence[VllmEngine]) -> None:
+        self.engines = engines
+        self.workers = sum(engine.spec.tensor_parallel for engine in engines)
+        self.version = 0
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        offsets = [init_info["rank_offset"]]
+        for engine in self.engines:
+            offsets.append(offsets[-1] + engine.spec.tensor_parallel)
+        infos = [{"init_info": {**init_info, "rank_offset": offset}} for offset in offsets[:-1]]
+        self.each(lambda engine, info: engine.transfer("init_weight_transfer_engine", info), infos)
+
+    def start_weight_update(self) -> None:
+        self.each(lambda engine, version: engine.begin_update(version), [self.version] * len(self.engines))
+
+    def update_weights(self, update_info: WeightTransferUpdatePayload) -> None:
+        infos = [{"update_info": update_info}] * len(self.engines)
+        self.each(lambda engine, info: engine.transfer("update_weights", info), infos)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.each(lambda engine, _: engine.end_update(), self.engines)
+
+    def each(self, call: Callable[[VllmEngine, Any], None], values: Sequence[Any]) -> None:
+        with ThreadPoolExecutor(len(self.engines)) as threads:
+            list(threads.map(call, self.engines, values))
+
+
+class ExportSource(WeightSource):
+    """The learner's export as vLLM's trainer side wants it. It checks names, shapes and dtypes against the metadata."""
+
+    def __init__(self, learner: Exporter, manifest: Manifest) -> None:
+        self.learner = learner
+        self.manifest = manifest
+
+    def metadata(self) -> list[ParamMeta]:
+        return [ParamMeta(name, getattr(torch, spec.dtype), spec.shape) for name, spec in self.manifest.items()]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.learner.export()

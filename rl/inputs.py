@@ -1,0 +1,74 @@
+"""What a run needs to find before a model is loaded: policy, prompts, rewards, room on the disk. Loads neither torch nor vllm."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+from data.prompt_files import is_hub_id
+from data.prompts import check_prompts
+from data.recipe import InputError
+from rl.config import PolicyConfig, TrainRecipe
+
+COLD_START = "accelerate launch -m sft.train recipes/quickstart_sft.yaml makes the quickstart's"
+
+
+def check_inputs(recipe: TrainRecipe) -> None:
+    """Raises InputError, one line, for the first input that is wrong or missing."""
+    check_policy(recipe.policy)
+    check_prompts(recipe.prompts)
+    if recipe.eval.prompts is not None:
+        check_prompts(recipe.eval.prompts)
+    check_judge(recipe)
+    check_engine(recipe)
+
+
+def is_local(path: str) -> bool:
+    """Whether a policy's path means a folder; `org/name` is a hub id unless there is such a folder."""
+    return os.path.exists(path) or not is_hub_id(path) or path.startswith(("outputs/", "./", "/"))
+
+
+def check_policy(policy: PolicyConfig) -> None:
+    """A folder has to hold config, safetensors and tokenizer; a hub id is looked at when it is loaded."""
+    assert policy.path is not None
+    if not is_local(policy.path):
+        return
+    folder = Path(policy.path)
+    if not folder.is_dir():
+        raise InputError(f"policy.path: no folder '{folder}' (looked from {os.getcwd()}); {COLD_START}")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"policy.path: '{folder}' has no config.json; name a folder that save_pretrained wrote")
+    if not any(folder.glob("*.safetensors")):
+        other = next((p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")), None)
+        found = f"it holds {other}, and only safetensors are read" if other else "no *.safetensors"
+        raise InputError(f"policy.path: '{folder}' has no weights: {found}; save it with save_pretrained")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise InputError(f"policy.path: '{folder}' has no tokenizer; save it there with tokenizer.save_pretrained")
+
+
+def context_length(policy: PolicyConfig) -> int | None:
+    """Longest input of the policy in tokens by its config, where that is at hand."""
+    path = policy.config or os.path.join(policy.path or "", "config.json")
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file).get("max_position_embeddings")
+
+
+def check_judge(recipe: TrainRecipe) -> None:
+    names = [part.name for part in recipe.rewards.parts]
+    if recipe.eval.reward is not None and recipe.eval.reward not in names:
+        raise InputError(f"eval.reward: no part named '{recipe.eval.reward}'; rewards.parts has {', '.join(names)}")
+
+
+def judge_of(recipe: TrainRecipe) -> str:
+    """The part that says whether a completion is right."""
+    return recipe.eval.reward or recipe.rewards.parts[0].name
+
+
+def check_engine(recipe: TrainRecipe) -> None:
+    if recipe.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise InputError(
+            "rollout.engine: vllm is not installed; `make install` (CPU) or `make install EXTRA=gpu` brings it, "
+            "or set rollout.engine=hf"
+        )

@@ -1,0 +1,137 @@
+"""The learner: raises what was better than its cohort, inside the clip.
+
+`batches` turns the groups of a step into the batches of each optimizer step, `step` takes one. Between the two lies everything that
+makes it cheap and none of what makes it correct: prompts are forwarded once a group, groups that teach nothing are not forwarded,
+the output head runs where a token is predicted, and old log-probs are the training pass's own where that is exact.
+
+All ranks hold all groups of a step, so each counts normalisers for itself; gradients and the numbers that are watched are summed over
+ranks. Every rank runs the same number of passes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel
+
+from data.values import Group
+from rl.attention import layout_of
+from rl.batch import Item, Normaliser, TrainBatch, items_of, pack, split
+from rl.config import LearnerConfig, LossConfig
+from rl.logp import logp_and_entropy
+from rl.loss import policy_loss
+from rl.optim import AdamW, learning_rate
+from rl.policy import checkpoint_views
+from rl.ranks import Ranks
+from rl.watch import Watch
+
+
+class Learner:
+    """Policy, optimizer and, where the loss has a KL term, the reference."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        loss: LossConfig,
+        config: LearnerConfig,
+        ranks: Ranks,
+        *,
+        temperature: float,
+        max_tokens: int,
+        reference: PreTrainedModel | None = None,
+        sharded: bool = False,
+    ):
+        assert (loss.kl_coef > 0.0) == (reference is not None), "a reference is kept exactly where there is a KL term"
+        self.model = model
+        self.reference = reference
+        self.loss = loss
+        self.config = config
+        self.ranks = ranks
+        self.temperature = temperature
+        self.max_tokens = max_tokens
+        self.sharded = sharded
+        self.optim = AdamW(model.named_parameters(), config.optimizer)
+        self.updates = 0
+        self.watch = Watch(ranks)
+
+    # --- what a step trains on ----------------------------------------------------------------------------------------
+
+    def batches(self, groups: Sequence[Group], advantages_PG: torch.Tensor) -> Iterator[list[TrainBatch]]:
+        """The passes of each optimizer step on this rank; reads the weights before the first update.
+
+        `advantages_PG` are those of all groups. A step is divided by the counts of the whole batch over its optimizer steps, so
+        that every token of a batch weighs the same.
+        """
+        # Exact without a KL term: a token of advantage 0 has gradient 0. An auxiliary loss would need all tokens as well.
+        skip_zero = self.loss.kl_coef == 0.0
+        work, whole = items_of(groups, advantages_PG, self.loss.mask_truncated, skip_zero)
+        steps = self.config.steps_per_batch
+        share = Normaliser(whole.completions / steps, whole.tokens / steps)
+        slices = [[items for items in work if items[0].group * steps // len(groups) == n] for n in range(steps)]
+        batched = [[self._finish(batch) for batch in self._pack(part, share)] for part in slices]
+        self.watch.begin(groups, work, self.loss.mask_truncated)
+        for _ in range(self.config.epochs_per_batch):
+            yield from batched
+
+    def _pack(self, work: Sequence[list[Item]], share: Normaliser) -> Iterator[TrainBatch]:
+        for part in split(work, self.config.micro_tokens, self.ranks.count)[self.ranks.rank]:
+            yield pack(
+                part, share, temperature=self.temperature, max_tokens=self.max_tokens, device=self.ranks.device
+            )
+
+    def _finish(self, batch: TrainBatch) -> TrainBatch:
+        """Adds the log-probs that the loss needs and the training pass does not have."""
+        several = self.config.steps_per_batch * self.config.epochs_per_batch > 1
+        if several and self.loss.ratio_base == "learner":
+            # The weights move between the updates of this batch: old_logp is what they were before the first.
+            batch = replace(batch, old_logp_N=self._logp(self.model, batch, grad=False)[0])
+        if self.reference is not None:
+            batch = replace(batch, ref_logp_N=self._logp(self.reference, batch, grad=False)[0])
+        return batch
+
+    # --- one optimizer step -------------------------------------------------------------------------------------------
+
+    def step(self, batches: Sequence[TrainBatch]) -> None:
+        """Forward and backward over the passes of one optimizer step, then the update."""
+        for batch in batches:
+            logp_N, entropy_N = self._logp(self.model, batch, grad=True)
+            parts = policy_loss(batch, logp_N, batch.old_logp_N, self.loss, batch.ref_logp_N)
+            # Pieces of one sum: dividing by counts of the whole step has been done, so passes and ranks add up.
+            parts.loss.backward()
+            self.watch.batch(batch, parts, logp_N.detach(), entropy_N)
+        self._reduce_gradients()
+        norm = self.optim.clip(self.config.max_grad_norm)
+        rate = self.learning_rate()
+        self.optim.step(rate)
+        self.updates += 1
+        self.watch.update(norm, rate)
+
+    def learning_rate(self) -> float:
+        """Rate of the next update; schedules count steps of the run, so fractions of one between its updates do not matter."""
+        config = self.config
+        step = self.updates // (config.steps_per_batch * config.epochs_per_batch)
+        return learning_rate(step, config.lr, config.schedule, config.warmup_steps, config.schedule_steps or config.steps)
+
+    def _logp(self, model: PreTrainedModel, batch: TrainBatch, grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """logp_N and entropy_N of a batch under a model."""
+        with torch.set_grad_enabled(grad):
+            hidden_TD = model.get_decoder()(
+                input_ids=batch.tokens_T[None], position_ids=batch.position_T[None], use_cache=False, cohort=layout_of(batch)
+            ).last_hidden_state[0]
+            head = model.get_output_embeddings()
+            return logp_and_entropy(
+                head, hidden_TD[batch.source_N], batch.target_N, batch.temperature, model.config.vocab_size
+            )
+
+    def _reduce_gradients(self) -> None:
+        """Sums gradients over ranks; sharded parameters have theirs summed by FSDP in the backward."""
+        if self.ranks.count > 1 and not self.sharded:
+            for _, grad in self.optim.grads():
+                self.ranks.sum(grad)
+
+    # --- what leaves it -----------------------------------------------------------------------------------------------
+
+    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The policy's tensors under their checkpoint names; collective where parameters are sharded."""
+        return checkpoint_views(self.model)
+

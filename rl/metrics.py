@@ -1,0 +1,52 @@
+"""The numbers of a step that come from its groups, under trl's names where the meaning is the same."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean, pstdev
+
+from data.values import Completion, Group
+
+
+def teaches(group: Group) -> bool:
+    """Whether a group has two values that differ; with equal ones every advantage is 0."""
+    values = [s.value for s in group.scores if s.value is not None]
+    return len(values) >= 2 and min(values) < max(values)
+
+
+def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Reward, length and agreement of the groups that a step hands to the learner."""
+    values = [s.value for g in groups for s in g.scores if s.value is not None]
+    stds = [pstdev(v) for g in groups if len(v := [s.value for s in g.scores if s.value is not None]) >= 2]
+    completions = [c for g in groups for c in g.completions]
+    lengths = [len(c.token_ids) for c in completions]
+    numbers = {
+        "reward": fmean(values),
+        "reward_std": fmean(stds),
+        "frac_reward_zero_std": 1.0 - sum(map(teaches, groups)) / len(groups),
+        "completions/mean_length": fmean(lengths),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": fmean(float(c.finish_reason == "length") for c in completions),
+        "sampling/entropy": entropy_of(completions),
+    }
+    return numbers | part_means(groups)
+
+
+def part_means(groups: Sequence[Group]) -> dict[str, float]:
+    """`rewards/<name>/mean` of each part, over the completions it could judge."""
+    names = dict.fromkeys(name for g in groups for s in g.scores for name in s.parts)
+    means = {}
+    for name in names:
+        values = [v for g in groups for s in g.scores if (v := s.parts.get(name)) is not None]
+        if values:
+            means[f"rewards/{name}/mean"] = fmean(values)
+    return means
+
+
+def entropy_of(completions: Sequence[Completion]) -> float:
+    """Nats a token: the mean of -log p over sampled tokens, an unbiased estimate of the engine's entropy at its temperature."""
+    tokens = sum(int(c.mask.sum()) for c in completions)
+    return float(-sum(float(c.engine_logp[c.mask.astype(bool)].sum()) for c in completions) / max(1, tokens))
+
+
+def without_times(row: Mapping[str, object]) -> dict[str, object]:
+    """A row of metrics.jsonl as runs are compared: without `time/*`."""
+    return {name: value for name, value in row.items() if not name.startswith("time/")}

@@ -1,0 +1,173 @@
+"""Puts a run together from a recipe: from the start, or from the newest whole checkpoint.
+
+Everything that can be wrong with the inputs is found before the folder is claimed and before an engine starts. What is opened is
+closed in the opposite order, whatever happens.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from data.completions import cut_completions
+from data.journal import Journal
+from data.prompt_config import PromptsConfig
+from data.prompt_stream import PromptStream
+from data.prompts import PromptSet, read_prompts
+from data.recipe import InputError
+from rewards.scorer import Scorer
+from rl.checkpoint import check_room
+from rl.config import TrainRecipe
+from rl.engines.make import make_engines
+from rl.engines.weights import TensorSpec
+from rl.inputs import context_length
+from rl.learner import Learner
+from rl.metrics_file import MetricsFile
+from rl.policy import DTYPES, load_model, load_tokenizer, policy_folder
+from rl.pool import RolloutPool
+from rl.progress import Display
+from rl.ranks import Ranks
+from rl.run import Run
+from rl.run_folder import RunFolder
+from rl.stream import GroupStream, SharedStream
+from rl.sync import WeightSync
+
+CHECKPOINT_BYTES = {"fp32": {"fp32": 4 + 8, "bf16": 4 + 4}, "bf16": {"fp32": 2 + 4 + 8, "bf16": 2 + 4 + 4}}
+"""Bytes a parameter takes in a checkpoint, by precision and moments: weights, FP32 masters unless they are the weights, moments."""
+
+
+@contextmanager
+def open_run(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks) -> Iterator[Run]:
+    """A run that is ready for its next step. InputError, one line, for inputs that are wrong."""
+    torch.set_num_threads(recipe.learner.threads or min(os.cpu_count() or 1, 16))
+    assert recipe.policy.path is not None
+    with ExitStack() as stack:
+        stack.callback(ranks.close)
+        source = policy_folder(recipe.policy.path, recipe.policy.revision)
+        tokenizer = load_tokenizer(source)
+        run = Run(recipe, folder, ranks, tokenizer)
+        prompts, held_out, longest = _prompts(recipe, tokenizer) if ranks.main else (None, None, 0)
+        run.start = run.checkpoints.newest() or 0
+        run.learner = _learner(run, source)
+        if ranks.main:
+            _check_room(run)
+            folder.claim()
+        run.display = Display(recipe.run.name, recipe.learner.steps, run.start, shown=ranks.main)
+        if prompts is not None:
+            _say_prompts(run, prompts, held_out)
+        stack.enter_context(run.display)
+        stream = None
+        if prompts is not None:
+            run.held_out = held_out.prompts if held_out else ()
+            stream = _open_rollouts(run, source, prompts, longest, stack)
+        run.stream = SharedStream(ranks, stream)
+        run.sync = WeightSync(run.pool.engines, _manifest(run.learner)) if ranks.main else WeightSync()
+        stack.callback(run.sync.close)
+        _restore(run)
+        _watch_signals(run, stack)
+        yield run
+
+
+def _prompts(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[PromptSet, PromptSet | None, int]:
+    """Prompts to train on, held-out prompts, and the longest prompt and completion together in tokens."""
+    rollout = recipe.rollout
+    answer = max(rollout.max_tokens, recipe.eval.max_tokens or 0)
+    context = rollout.max_model_len or context_length(recipe.policy)
+    if context is not None and answer >= context:
+        raise InputError(f"rollout.max_tokens: {answer} leaves no room for a prompt in a context of {context} tokens")
+
+    def read(config: PromptsConfig) -> PromptSet:
+        return read_prompts(config, tokenizer, None if context is None else context - answer)
+
+    train = read(recipe.prompts)
+    held_out = read(recipe.eval.prompts) if recipe.eval.prompts else None
+    longest = max(len(p.token_ids) for s in (train, held_out) if s for p in s.prompts)
+    return train, held_out, rollout.max_model_len or longest + answer
+
+
+def _learner(run: Run, source: Path) -> Learner:
+    """The learner with the weights of the newest checkpoint, or of the policy."""
+    recipe = run.recipe
+    dtype = DTYPES[recipe.policy.precision]
+    model = load_model(run.checkpoints.path(run.start) if run.start else source, dtype).to(run.ranks.device)
+    reference = None
+    if recipe.loss.kl_coef > 0.0:
+        reference = load_model(source, dtype).to(run.ranks.device).requires_grad_(False)
+    if recipe.policy.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()  # transformers recomputes in training mode alone; dropout is checked in the attention
+    return Learner(
+        model, recipe.loss, recipe.learner, run.ranks,
+        temperature=recipe.rollout.temperature, max_tokens=recipe.rollout.max_tokens, reference=reference,
+    )  # fmt: skip
+
+
+def _check_room(run: Run) -> None:
+    recipe = run.recipe
+    each = CHECKPOINT_BYTES[recipe.policy.precision][recipe.learner.optimizer.moments]
+    parameters = sum(p.numel() for p in run.learner.model.parameters())
+    missing = recipe.checkpoint.keep + 1 - len(run.checkpoints.steps())
+    check_room(run.folder.path, parameters * each * missing)
+
+
+def _manifest(learner: Learner) -> dict[str, TensorSpec]:
+    """What every weight update has to bring."""
+    return {name: TensorSpec(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in learner.export()}
+
+
+def _open_rollouts(run: Run, source: Path, prompts: PromptSet, max_model_len: int, stack: ExitStack) -> GroupStream:
+    """Journal, metrics, rewards and engines, opened in the order in which they can fail."""
+    recipe, folder = run.recipe, run.folder.path
+    run.journal = stack.enter_context(Journal(folder / "journal.sqlite"))
+    run.metrics = MetricsFile(folder, recipe.log.trackers, recipe.run.name, recipe.model_dump(mode="json"))
+    stack.callback(run.metrics.close)
+    run.display.phase("starting rewards and engines")
+    run.scorer = stack.enter_context(closing(Scorer(recipe.rewards, log_dir=folder / "logs")))
+    run.scorer.start()
+    engines = make_engines(recipe.rollout, recipe.policy, source, max_model_len, folder / "logs")
+    run.pool = stack.enter_context(RolloutPool(engines))
+    stream = GroupStream(
+        PromptStream(prompts.prompts, recipe.run.seed), run.pool, run.scorer, run.journal, run.tokenizer, recipe.rollout,
+        run=recipe.run.name, seed=recipe.run.seed, max_error_rate=recipe.rewards.max_error_rate,
+    )  # fmt: skip
+    return stream
+
+
+def _restore(run: Run) -> None:
+    """Optimizer, RNG, positions and files as they were after `run.start` steps."""
+    torch.manual_seed(run.recipe.run.seed)
+    state = run.checkpoints.load(run.start, run.learner) if run.start else {}
+    run.learner.updates = state.get("updates", 0)
+    run.learner.optim.steps = state.get("optimizer_steps", 0)
+    if run.ranks.main:
+        stream = run.stream.stream
+        stream.step = run.start
+        stream.prompts.position = state.get("position", 0)
+        run.metrics.cut(run.start if run.start else -1)
+        cut_completions(run.folder.path / "completions", run.start + 1)
+        voided = run.journal.resume(run.start)
+        if run.start:
+            again = f"; {voided} groups used after it are used again" if voided else ""
+            run.display.say(f"going on from {run.checkpoints.path(run.start)}{again}")
+
+
+def _say_prompts(run: Run, prompts: PromptSet, held_out: PromptSet | None) -> None:
+    for name, read in (("prompts", prompts), ("held-out prompts", held_out)):
+        if read is not None:
+            skipped = ", ".join(f"{count} {reason}" for reason, count in read.skipped.items())
+            run.display.say(f"{len(read.prompts)} {name}" + (f" (left out: {skipped})" if skipped else ""))
+
+
+def _watch_signals(run: Run, stack: ExitStack) -> None:
+    """SIGTERM ends the run after the step it is in, with a checkpoint."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        run.asked_to_end = True
+
+    before = signal.signal(signal.SIGTERM, ask)
+    stack.callback(signal.signal, signal.SIGTERM, before)

@@ -1,0 +1,155 @@
+"""The policy: a causal LM that transformers loads, and its tensors under the names of a checkpoint.
+
+transformers keeps a layer's experts fused (`gate_up_proj` [E, 2I, D], `down_proj` [E, D, I]); files, vLLM and everything that
+travels name each expert. `checkpoint_views` is the one place that knows both: it walks a model and yields every tensor by its name
+in a checkpoint, as a view into the model's own memory. The learner reads through these views when it saves and when it sends
+weights to the engines; an engine that runs on transformers writes through them.
+
+    E  experts      I  width of an expert      D  hidden size
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from data.recipe import InputError
+from rl import attention
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHARD_BYTES = 4 << 30
+
+
+def policy_folder(path: str, revision: str | None) -> Path:
+    """The folder of a policy: itself, or what the hub has under this id (safetensors, configs and tokenizer alone)."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise InputError(f"policy.path: '{path}' is no folder, and the hub gave: {' '.join(str(error).split())}") from None
+
+
+def load_model(path: str | Path, dtype: torch.dtype, *, attention_name: str = attention.NAME) -> PreTrainedModel:
+    """A causal LM from a folder, safetensors only, in eval mode (RL trains without dropout).
+
+    Raises InputError with the library's reason if it cannot be loaded.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path),
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation=attention_name,
+            # The grouped product takes no float64, in which only tests compute.
+            experts_implementation="eager" if dtype is torch.float64 else "grouped_mm",
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"policy.path: cannot load '{path}': {' '.join(str(error).split())}") from None
+    return model.eval()
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with a policy; raises InputError where there is none or it has no end or pad token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"policy.path: no tokenizer in '{path}': {' '.join(str(error).split())}") from None
+    for role in ("eos", "pad"):
+        if getattr(tokenizer, f"{role}_token_id") is None:
+            raise InputError(
+                f"policy.path: the tokenizer of '{path}' has no {role} token; set tokenizer.{role}_token to a token of its "
+                "vocabulary and save it again with tokenizer.save_pretrained"
+            )
+    return tokenizer
+
+
+def end_tokens(model_config: object, tokenizer: PreTrainedTokenizerBase, generation_eos: object) -> tuple[int, ...]:
+    """Token ids that end a completion: the generation config's, the model config's and the tokenizer's."""
+    found: set[int] = set()
+    for value in (generation_eos, getattr(model_config, "eos_token_id", None), tokenizer.eos_token_id):
+        found.update([] if value is None else [value] if isinstance(value, int) else list(value))  # type: ignore[call-overload]
+    return tuple(sorted(found))
+
+
+def persistent_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, each once, and the buffers that a checkpoint holds, in the order of the modules."""
+    saved = model.state_dict(keep_vars=True)
+    seen: set[int] = set()
+    for name, tensor in saved.items():
+        if id(tensor) not in seen:  # tied weights stand under two names
+            seen.add(id(tensor))
+            yield name, tensor
+
+
+def expert_views(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A tensor of the model as the tensors of a checkpoint: itself, or the experts it holds; views into its memory."""
+    stem, _, leaf = name.rpartition(".")
+    if not stem.endswith(".experts") or leaf not in ("gate_up_proj", "down_proj"):
+        assert not stem.endswith(".experts"), f"{name}: this layout of fused experts is not known"
+        yield name, tensor
+        return
+    for index, expert in enumerate(tensor.unbind(0)):
+        if leaf == "gate_up_proj":
+            gate, up = expert.chunk(2, dim=0)
+            yield f"{stem}.{index}.gate_proj.weight", gate
+            yield f"{stem}.{index}.up_proj.weight", up
+        else:
+            yield f"{stem}.{index}.down_proj.weight", expert
+
+
+def checkpoint_views(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a checkpoint as a view into the model; with sharded parameters a collective that gathers one at a time."""
+    for name, tensor in persistent_tensors(model):
+        local = tensor.detach()
+        if isinstance(local, DTensor):
+            local = local.full_tensor()
+        yield from expert_views(name, local)
+
+
+def save_policy(
+    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Writes a folder that transformers and vLLM load: safetensors in shards, config, generation config, tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    index: dict[str, int] = {}
+    size = total = 0
+    for name, tensor in tensors:
+        if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
+            _write_shard(folder, len(shards) - 1, shards[-1])
+            shards[-1] = {}
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.detach().cpu().contiguous()
+        index[name] = len(shards) - 1
+        size += tensor.nbytes
+        total += tensor.nbytes
+    _write_shard(folder, len(shards) - 1, shards[-1])
+    _name_shards(folder, len(shards), index, total)
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _write_shard(folder: Path, number: int, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, folder / f"shard-{number}.safetensors", metadata={"format": "pt"})
+
+
+def _name_shards(folder: Path, count: int, index: dict[str, int], total: int) -> None:
+    if count == 1:
+        (folder / "shard-0.safetensors").rename(folder / "model.safetensors")
+        return
+    names = [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
+    for number, name in enumerate(names):
+        (folder / f"shard-{number}.safetensors").rename(folder / name)
+    weight_map = {tensor: names[number] for tensor, number in index.items()}
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+    (folder / "model.safetensors.index.json").write_text(text + "\n")

@@ -1,0 +1,91 @@
+"""The folder of a run: whose it is, whether it is finished, and why it ended.
+
+A folder belongs to the recipe that stands in it. It is claimed when recipe and inputs have been found right, so a mistake leaves
+nothing behind; every file in it appears by rename. `exit.json` says why the last process ended, because launchers replace the exit
+code of theirs and add lines of their own.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.recipe import InputError, Section, resolved_yaml
+
+FREE = ("run.resume",)
+"""Places of every recipe that may differ when a run goes on."""
+
+
+class RunFolder:
+    """`<output_dir>/<name>` and the recipe it is for; `free` names the places that may differ when the run goes on."""
+
+    def __init__(self, output_dir: str, name: str, recipe: Section, free: Sequence[str] = ()):
+        self.path = Path(output_dir) / name
+        self.recipe = recipe
+        self.free = (*FREE, *free)
+
+    def check(self, resume: str) -> bool:
+        """Whether the folder holds this recipe already; InputError if it holds anything else, or anything and resume is never."""
+        way_out = "choose another run.name or remove the folder"
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path}: not a folder; {way_out}")
+        # A process that stopped before it claimed the folder has left word why, and nothing else.
+        if not self.path.exists() or not any(entry.name != "exit.json" for entry in self.path.iterdir()):
+            return False
+        if not (self.path / "recipe.yaml").is_file():
+            raise InputError(f"{self.path}: in use by something that is no run; {way_out}")
+        if resume == "never":
+            raise InputError(f"{self.path}: in use, and run.resume is never; {way_out}")
+        there = yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8"))
+        different = _difference(self._fixed(there), self._fixed(yaml.safe_load(resolved_yaml(self.recipe))))
+        if different is not None:
+            raise InputError(
+                f"{self.path}: in use by another recipe ({self.path / 'recipe.yaml'}), which differs in {different}; {way_out}"
+            )
+        return True
+
+    def claim(self) -> None:
+        """Makes the folder this recipe's; call it after `check`."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write("recipe.yaml", resolved_yaml(self.recipe))
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot write the run's folder: {error.strerror}") from None
+
+    def result(self) -> dict[str, Any] | None:
+        """What the finished run gave; None if it is not finished."""
+        if not (self.path / "final").is_dir() or not (self.path / "exit.json").is_file():
+            return None
+        ended = json.loads((self.path / "exit.json").read_text(encoding="utf-8"))
+        return ended["result"] if ended["code"] == 0 else None
+
+    def write_exit(self, code: int, reason: str, result: dict[str, Any] | None = None) -> None:
+        """Says why the run ended; 0 is finished and has a result."""
+        self.write("exit.json", json.dumps({"code": code, "reason": reason, "result": result}, indent=2) + "\n")
+
+    def write(self, name: str, text: str) -> None:
+        """A whole file or none."""
+        aside = self.path / f".{name}.partial"
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, self.path / name)
+
+    def _fixed(self, values: dict[str, Any]) -> dict[str, Any]:
+        flat = _flatten(values)
+        return {k: v for k, v in flat.items() if not any(k == free or k.startswith(f"{free}.") for free in self.free)}
+
+
+def _flatten(values: Any, place: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict) or not values:
+        return {place: values}
+    return {k: v for name, value in values.items() for k, v in _flatten(value, f"{place}.{name}".lstrip(".")).items()}
+
+
+def _difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
+    """The first place in which two flat recipes differ, with both values."""
+    for place in sorted({*there, *here}):
+        if there.get(place) != here.get(place):
+            return f"{place} ({there.get(place)!r} there, {here.get(place)!r} here)"
+    return None

@@ -1,0 +1,83 @@
+"""Brings the learner's weights to the engines.
+
+Writing comes before sending: the learner exports into the weight file, layer by layer and never the whole model at once, while
+engines may still sample; the file is checked to hold exactly the policy's tensors; only then do the engines load it, all side by
+side. So a bad export reaches no engine, and an engine stands still no longer than its own copy takes. The file keeps the update:
+an engine that restarts is back at its first weights, and `replay` brings it to the last ones.
+
+Here engines share the learner's machine. Between GPUs, `rl.engines.vllm_worker.NcclSender` does the same without the file.
+"""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from rl.engines.base import Engine
+from rl.engines.weights import Exporter, Manifest, WeightFile
+
+
+@dataclass(frozen=True)
+class SyncStats:
+    """One update, for the metrics."""
+
+    version: int
+    bytes: int
+    write_s: float
+    """The learner's export and the copy into the file."""
+    load_s: float
+    """From the file into all engines."""
+
+
+class WeightSync:
+    """On rank 0 with engines and manifest, on the other ranks `WeightSync()`: they only take part in the export."""
+
+    def __init__(self, engines: Sequence[Engine] = (), manifest: Manifest | None = None) -> None:
+        """manifest: what the policy's checkpoint holds, from `read_manifest`. Raises ValueError where there is no room for it."""
+        self.engines = engines
+        self.file = WeightFile(manifest) if manifest is not None else None
+        self.version = 0
+        """Of the last update; 0 before the first."""
+        self.stats: SyncStats | None = None
+        """Of the last push, on rank 0."""
+
+    def push(self, learner: Exporter, version: int) -> SyncStats | None:
+        """Every engine samples its next token from the learner's weights; they must be idle or paused. Collective over ranks.
+
+        Returns None on ranks without engines. Raises WeightMismatch before any engine is touched, EngineDead after all engines
+        that live have been updated.
+        """
+        if self.file is None:
+            for _ in learner.export():
+                pass
+            return None
+        began = time.perf_counter()
+        self.file.write(learner.export())
+        self.version = version
+        written = time.perf_counter()
+        if self.engines:
+            with ThreadPoolExecutor(len(self.engines)) as threads:
+                loads = [threads.submit(self.replay, engine) for engine in self.engines]
+            for load in loads:
+                load.result()
+        self.stats = SyncStats(version, self.file.bytes, written - began, time.perf_counter() - written)
+        return self.stats
+
+    def metrics(self) -> dict[str, float]:
+        """The last push as numbers of a step."""
+        assert self.stats is not None, "no push yet"
+        return {"sync/bytes": self.stats.bytes, "time/sync_s": self.stats.write_s + self.stats.load_s}
+
+    def replay(self, engine: Engine) -> None:
+        """Brings one engine, idle or paused, to the last update; before the first update there is nothing to do. Not during a push."""
+        if not self.file.chunks:
+            return
+        engine.begin_update(self.version)
+        for chunk in self.file.chunks:
+            engine.load(chunk)
+        engine.end_update()
+
+    def close(self) -> None:
+        """Gives the file's memory back."""
+        if self.file is not None:
+            self.file.close()

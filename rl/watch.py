@@ -1,0 +1,105 @@
+"""What is watched of the learner, step by step, under trl's names where the meaning is the same.
+
+Sums are collected over passes and ranks and become means over trained tokens once a step, so that the numbers do not depend on how a
+step was cut. `mismatch/*` compares the engine that sampled with the learner at the start of the step.
+
+    N  predicted tokens      P  prompts a step      G  group size
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from data.values import Group
+from rl.batch import Item, TrainBatch, trained
+from rl.loss import LossParts
+from rl.ranks import Ranks
+
+SUMS = ("loss", "tokens", "entropy", "ratio", "low", "high", "kl", "correction", "logp_difference", "mismatch_kl")
+
+
+class Watch:
+    """Collects a step's numbers; `collect` gives them and starts anew."""
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums = dict.fromkeys(SUMS, 0.0)
+        self.largest_difference = 0.0
+        self.updates = 0
+        self.grad_norm = 0.0
+        self.rate = 0.0
+        self.counts: dict[str, float] = {}
+
+    def begin(self, groups: Sequence[Group], work: Sequence[Sequence[Item]], mask_truncated: bool) -> None:
+        """Counts what a step has and what of it teaches; the same on all ranks."""
+        candidates = [
+            (c, s) for g in groups for c, s in zip(g.completions, g.scores, strict=True)
+            if trained(c, s.value is not None, mask_truncated)
+        ]  # fmt: skip
+        forwarded = sum(int(item.completion.mask.sum()) for items in work for item in items)
+        self.counts = {
+            "groups/trained": len(work),
+            "tokens/trained": forwarded,
+            "tokens/wasted": sum(len(c.token_ids) for g in groups for c in g.completions) - forwarded,
+            "completions/masked_ratio": 1.0 - len(candidates) / max(1, sum(len(g.completions) for g in groups)),
+        }
+
+    def batch(self, batch: TrainBatch, parts: LossParts, logp_N: torch.Tensor, entropy_N: torch.Tensor) -> None:
+        """Adds one pass."""
+        old_logp_N = logp_N if batch.old_logp_N is None else batch.old_logp_N
+        # k3 of KL(engine || learner) over tokens that the engine sampled; float64, because it is a difference of near equals.
+        log_ratio_N = old_logp_N.double() - batch.engine_logp_N.double()
+        tokens = float(len(logp_N))
+        for name, value in (
+            ("loss", parts.loss.detach()),
+            ("entropy", entropy_N.sum()),
+            ("ratio", parts.ratio_N.sum()),
+            ("low", parts.clipped_low_N.sum()),
+            ("high", parts.clipped_high_N.sum()),
+            ("correction", parts.correction_N.sum()),
+            ("logp_difference", log_ratio_N.abs().sum()),
+            ("mismatch_kl", (log_ratio_N.exp() - log_ratio_N - 1).sum()),
+        ):
+            self.sums[name] += float(value)
+        if parts.kl_N is not None:
+            self.sums["kl"] += float(parts.kl_N.sum())
+        self.sums["tokens"] += tokens
+        if tokens:
+            self.largest_difference = max(self.largest_difference, float(log_ratio_N.abs().max()))
+
+    def update(self, grad_norm: float, rate: float) -> None:
+        """Adds one optimizer step."""
+        self.updates += 1
+        self.grad_norm += grad_norm
+        self.rate = rate
+
+    def collect(self, with_kl: bool) -> dict[str, float]:
+        """The step's numbers, equal on all ranks; collective."""
+        packed = torch.tensor([self.sums[name] for name in SUMS], dtype=torch.float64, device=self.ranks.device)
+        total = dict(zip(SUMS, self.ranks.sum(packed).tolist(), strict=True))
+        largest = self.ranks.largest(self.largest_difference)
+        tokens = max(1.0, total["tokens"])
+        updates = max(1, self.updates)
+        low, high = total["low"] / tokens, total["high"] / tokens
+        numbers = {
+            "loss": total["loss"] / updates,
+            "grad_norm": self.grad_norm / updates,
+            "learning_rate": self.rate,
+            "entropy": total["entropy"] / tokens,
+            "clip_ratio/low_mean": low,
+            "clip_ratio/high_mean": high,
+            "clip_ratio/region_mean": low + high,
+            "ratio/mean": total["ratio"] / tokens,
+            "sampling/importance_sampling_ratio/mean": total["correction"] / tokens,
+            "sampling/sampling_logp_difference/mean": total["logp_difference"] / tokens,
+            "sampling/sampling_logp_difference/max": largest,
+            "mismatch/kl": total["mismatch_kl"] / tokens,
+            **self.counts,
+        }
+        if with_kl:
+            numbers["kl"] = total["kl"] / tokens
+        self._reset()
+        return numbers

@@ -1,0 +1,59 @@
+"""What an SFT run would do, in numbers: parameters, tokens a step, memory. Sizes come from the config; no weights are loaded."""
+
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from sft.config import SftPolicyConfig, SftRecipe
+from sft.init import build_tokenizer, init_config
+
+BYTES_PER_PARAMETER = 16
+"""FP32 weight, gradient and two AdamW moments."""
+MEASURED_ROWS = 1000
+
+
+def describe(recipe: SftRecipe, rows: list[dict[str, Any]]) -> str:
+    """A few lines about policy, rows and memory."""
+    tokenizer = _tokenizer(recipe.policy)
+    some = rows[:MEASURED_ROWS]
+    lengths = [_tokens(tokenizer, row) for row in some]
+    parameters = _parameters(recipe.policy)
+    needed, available = parameters * BYTES_PER_PARAMETER, _memory()
+    fits = "fits" if needed < available else "does not fit on one rank: shard it with an FSDP2 config"
+    return (
+        f"policy: {parameters:,} parameters, {len(tokenizer)} tokens in the vocabulary\n"
+        f"rows: {len(rows):,}, {sum(lengths) / len(some):.0f} tokens on average, {max(lengths)} at most\n"
+        f"first row: {rows[0]}\n"
+        f"a step: {recipe.sft.batch_size} rows, about {recipe.sft.batch_size * sum(lengths) // len(some):,} tokens\n"
+        f"memory: {needed / 2**30:.2f} GiB for weights, gradients and optimizer, besides activations; "
+        f"{available / 2**30:.1f} GiB available: {fits}"
+    )
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> int:
+    if isinstance(row["prompt"], str):
+        return len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) + 1
+    return len(tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=True, return_dict=True)["input_ids"])
+
+
+def _tokenizer(policy: SftPolicyConfig) -> PreTrainedTokenizerBase:
+    if policy.tokenizer is not None:
+        return build_tokenizer(policy.tokenizer)
+    return AutoTokenizer.from_pretrained(policy.path, revision=policy.revision)
+
+
+def _parameters(policy: SftPolicyConfig) -> int:
+    if policy.init is not None:
+        config = init_config(policy.init, _tokenizer(policy))
+    else:
+        config = AutoConfig.from_pretrained(policy.path, revision=policy.revision)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+def _memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available

@@ -1,0 +1,134 @@
+"""Groups made by hand for learner tests: random prompts, completions and engine log-probs near a policy's own."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from data.values import Completion, Group, Prompt, Score
+from rl.advantage import group_advantage
+from rl.config import AdvantageConfig, LearnerConfig, LossConfig
+from rl.learner import Learner
+from rl.loss import policy_loss
+from rl.policy import load_model
+from rl.ranks import Ranks
+
+MAX_TOKENS = 12
+TEMPERATURE = 0.7
+
+
+class NoFloat32(TorchFunctionMode):
+    """Keeps float64 where a model would compute in float32 (norms, router softmax): in float64 nothing but the order of sums is left.
+
+    Those islands round the gradient that passes through them to float32, so paths that add up the same terms in another order would
+    agree to 1e-7 only.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = dict(kwargs or {})
+        x = args[0] if args else None
+        if isinstance(x, torch.Tensor) and x.dtype is torch.float64:
+            if function is torch.Tensor.float:
+                return x
+            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+            if kwargs.get("dtype") is torch.float32:
+                kwargs["dtype"] = torch.float64
+        return function(*args, **kwargs)
+
+
+def make_groups(
+    rewards: Sequence[Sequence[float | None]], *, seed: int = 0, vocab_size: int = 64, truncate: bool = False
+) -> list[Group]:
+    """One group for each row of rewards; lengths 1 to MAX_TOKENS, some tokens of turns the policy did not write."""
+    rng = np.random.default_rng(seed)
+    groups = []
+    for g, values in enumerate(rewards):
+        prompt = Prompt(f"p{g}", "", "", rng.integers(2, vocab_size, rng.integers(2, 9)).astype(np.int32))
+        completions = []
+        for i in range(len(values)):
+            n = int(rng.integers(1, MAX_TOKENS + 1))
+            completions.append(
+                Completion(
+                    prompt_id=prompt.id,
+                    group_id=f"run/p{g}/0",
+                    index=i,
+                    attempt=0,
+                    seed=i,
+                    token_ids=rng.integers(2, vocab_size, n).astype(np.int32),
+                    mask=np.ones(n, np.uint8),
+                    engine_logp=rng.normal(-4.0, 0.4, n).astype(np.float32),
+                    policy_version=np.zeros(n, np.int32),
+                    finish_reason="length" if truncate and i == 1 else "stop",
+                    engine="engine-0",
+                )
+            )
+        scores = tuple(Score(v) if v is not None else Score(None, "error", detail="x: failed") for v in values)
+        groups.append(Group(f"run/p{g}/0", prompt, 0, tuple(completions), scores))
+    return groups
+
+
+def near(groups: list[Group], policy: Path, spread: float = 0.3) -> list[Group]:
+    """The same groups with engine log-probs that lie `spread` around the policy's own, so that clipping is active on some tokens."""
+    model = reference_model(policy)
+    rng = np.random.default_rng(7)
+    out = []
+    for group in groups:
+        completions = []
+        for c in group.completions:
+            with torch.no_grad():
+                logp = padded_logp(model, group.prompt, c).numpy()
+            noisy = (logp + rng.normal(0.0, spread, len(logp))).astype(np.float32)
+            completions.append(Completion(**{**vars(c), "engine_logp": noisy}))
+        out.append(Group(group.id, group.prompt, group.attempt, tuple(completions), group.scores))
+    return out
+
+
+def reference_model(policy: Path, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """transformers as it comes: padded rows, its own attention, experts one by one."""
+    return AutoModelForCausalLM.from_pretrained(
+        policy, dtype=dtype, attn_implementation="sdpa", experts_implementation="eager"
+    ).eval()
+
+
+def padded_logp(model: PreTrainedModel, prompt: Prompt, completion: Completion) -> torch.Tensor:
+    """logp [T] of a completion by one row of its own through the whole model."""
+    ids = torch.from_numpy(np.concatenate([prompt.token_ids, completion.token_ids]).astype(np.int64))[None]
+    logits = model(ids).logits[0, len(prompt.token_ids) - 1 : -1] / TEMPERATURE
+    targets = torch.from_numpy(completion.token_ids.astype(np.int64))
+    return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+
+
+def make_learner(
+    policy: Path, loss: LossConfig, *, dtype: torch.dtype = torch.float64, reference: Path | None = None, **config: object
+) -> Learner:
+    settings = {"lr": 1e-3, "warmup_steps": 0, "micro_tokens": 10_000} | config
+    return Learner(
+        load_model(policy, dtype),
+        loss,
+        LearnerConfig(**settings),  # type: ignore[arg-type]
+        Ranks(),
+        temperature=TEMPERATURE,
+        max_tokens=MAX_TOKENS,
+        reference=load_model(reference, dtype).requires_grad_(False) if reference else None,
+    )
+
+
+def gradients(learner: Learner, groups: list[Group], advantage: AdvantageConfig | None = None) -> dict[str, torch.Tensor]:
+    """Gradients of the first optimizer step on these groups, summed over ranks, before clipping."""
+    advantages = group_advantage(groups, advantage or AdvantageConfig())
+    batches = next(iter(learner.batches(groups, advantages)))
+    for batch in batches:
+        logp_N, _ = learner._logp(learner.model, batch, grad=True)
+        policy_loss(batch, logp_N, batch.old_logp_N, learner.loss, batch.ref_logp_N).loss.backward()
+    learner._reduce_gradients()
+    return {name: grad.clone() for name, grad in learner.optim.grads()}
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Relative L2 distance of two sets of gradients."""
+    assert a.keys() == b.keys()
+    difference = sum((a[k].double() - b[k].double()).square().sum() for k in a)
+    return float((difference / sum(b[k].double().square().sum() for k in b)) ** 0.5)

@@ -1,0 +1,91 @@
+"""The rewards section: every mistake in it is one line, before any reward function is imported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.recipe import InputError, Section, parse
+from rewards.config import RewardsConfig
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+class Recipe(Section):
+    rewards: RewardsConfig
+
+
+def mistake(rewards: dict) -> str:
+    with pytest.raises(InputError) as caught:
+        parse({"rewards": rewards}, Recipe, "x.yaml")
+    return str(caught.value)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("raise SystemExit('not to be run when a recipe is read')\ndef brevity(completions, **kwargs): ...\n")
+    Path("broken.py").write_text("def brevity(:\n")
+    return tmp_path
+
+
+PART = {"name": "math_answer"}
+
+
+@pytest.mark.parametrize(
+    ("rewards", "line"),
+    [
+        ({"parts": [{"name": "mth"}]}, "x.yaml: rewards.parts[0].name: no reward named 'mth'; did you mean 'math_answer'?"),
+        (
+            {"parts": [{"name": "code_tests"}]},
+            "x.yaml: rewards.parts[0].name: 'code_tests' is a name of the recipe format, but this version does not have it yet",
+        ),
+        (
+            {"parts": [{"name": "math_answer", "requires": "think"}]},
+            "x.yaml: rewards.parts[0].requires: no reward named 'think'; did you mean 'think_format'?",
+        ),
+        ({"parts": [PART, PART]}, "x.yaml: rewards.parts[1].name: 'math_answer' stands twice; a part is scored once"),
+        ({"parts": [{**PART, "weight": 0}]}, "x.yaml: rewards.parts: every part has weight 0, so nothing would be judged"),
+        (
+            {"parts": [{**PART, "clip": [0, 1]}]},
+            "x.yaml: rewards.parts[0].clip: 'clip' is a name of the recipe format, but this version does not have it yet",
+        ),
+        (
+            {"parts": [PART], "route": {"column": "domain"}},
+            "x.yaml: rewards.route: 'route' is a name of the recipe format, but this version does not have it yet",
+        ),
+        (
+            {"parts": [{**PART, "options": {"tol": 1}}]},
+            "x.yaml: rewards.parts[0].options.tol: math_answer has no option 'tol'",
+        ),
+        (
+            {"plugins": ["./mine.py:brevit"], "parts": [PART]},
+            "x.yaml: rewards.plugins[0]: ./mine.py has no function 'brevit'; did you mean 'brevity'?",
+        ),
+        ({"plugins": ["broken.py:brevity"], "parts": [PART]}, "x.yaml: rewards.plugins[0]: broken.py:1: not valid Python: "),
+        ({"plugins": ["no.py:brevity"], "parts": [{"name": "brevity"}]}, "x.yaml: rewards.plugins[0]: no file 'no.py' "),
+        (
+            {"plugins": ["no_pkg.mod:f"], "parts": [PART]},
+            "x.yaml: rewards.plugins[0]: no module 'no_pkg.mod' ('no_pkg' is not found;",
+        ),
+        (
+            {"plugins": ["brevity"], "parts": [PART]},
+            "x.yaml: rewards.plugins[0]: no entry point 'brevity' in the group cohort.rewards",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_place_and_the_way_out(folder, rewards, line):
+    said = mistake(rewards)
+    assert said.startswith(line) and "\n" not in said
+
+
+def test_a_plugin_is_checked_without_being_run(folder):
+    config = RewardsConfig.model_validate({"plugins": ["./mine.py:brevity"], "parts": [{"name": "brevity"}]})
+    assert config.functions()["brevity"].source == "./mine.py"
+
+
+def test_importing_rewards_loads_nothing_heavy():
+    code = "import rewards, rewards.config, sys; print({'torch', 'vllm', 'math_verify', 'asyncio', 'sympy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -1,0 +1,179 @@
+"""Exact answers: what equals what, what is never an answer, and every gold of GSM8K against itself and its neighbour."""
+
+import json
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rewards.answers import find_answer, find_gold
+from rewards.expressions import compare_expressions
+from rewards.math_answer import math_answer, verdict_on
+from rewards.numbers import Number, Verdict, compare, exact
+from rewards.think_format import think_format
+
+EQUAL, DIFFERENT, UNKNOWN = Verdict.EQUAL, Verdict.DIFFERENT, Verdict.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "verdict"),
+    [
+        ("18", "18", EQUAL),
+        ("018", "18", EQUAL),
+        ("18.00", "18", EQUAL),
+        ("$18", "18", EQUAL),
+        (r"\$18.00 per day", "18", EQUAL),
+        ("18 dollars.", "$18", EQUAL),
+        ("18 apples", "18", EQUAL),
+        (r"18 \text{ cm}", "18", EQUAL),
+        ("1,234,567", "1234567", EQUAL),
+        ("1{,}234", "1234", EQUAL),
+        ("1,23", "123", DIFFERENT),
+        ("\u221218", "-18", EQUAL),
+        ("-18", "18", DIFFERENT),
+        ("1/2", "0.5", EQUAL),
+        (r"\dfrac{-1}{2}", "-0.5", EQUAL),
+        (r"\frac12", "0.5", EQUAL),
+        ("0.333333", "1/3", DIFFERENT),
+        ("50%", "50", EQUAL),
+        (r"50\%", "0.5", EQUAL),
+        ("51%", "50", DIFFERENT),
+        ("x = 18", "18", EQUAL),
+        ("7 + 11 = 18", "18", EQUAL),
+        ("**18**", "18", EQUAL),
+        ("18 or 19", "18", DIFFERENT),
+        ("18 or 19 or 20", "18", DIFFERENT),
+        ("18, 19", "18", DIFFERENT),
+        ("18 and 19", "18", DIFFERENT),
+        ("1 8", "18", DIFFERENT),
+        ("11_2", "11", DIFFERENT),
+        ("11_{2}", "11_2", EQUAL),
+        ("6 inches", "6 cm", DIFFERENT),
+        ("6 in", "6 inches", EQUAL),
+        ("banana", "18", DIFFERENT),
+        ("", "18", DIFFERENT),
+        ("9" * 5000, "18", DIFFERENT),
+        ("60 minutes", "1 hour", UNKNOWN),
+        ("1.5 million", "1.5", UNKNOWN),
+        ("eighteen", "18", UNKNOWN),
+        ("2x = 18", "18", UNKNOWN),
+        ("x >= 18", "18", UNKNOWN),
+        ("18!", "18", UNKNOWN),
+        ("1 1/2", "1.5", UNKNOWN),
+        ("3/0", "3", UNKNOWN),
+    ],
+)
+def test_plain_numbers_compare_exactly(answer, gold, verdict):
+    assert compare(answer, gold) is verdict
+
+
+@given(st.integers(-(10**12), 10**12), st.integers(1, 10**6), st.integers(-(10**12), 10**12), st.integers(1, 10**6))
+def test_two_fractions_are_equal_exactly_if_their_cross_products_are(a, b, c, d):
+    assert compare(f"{a}/{b}", f"{c}/{d}") is (EQUAL if a * d == c * b else DIFFERENT)
+    assert exact(f"{a:,}") == Number(Fraction(a))
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("<think>7+5=12, carry 1 ...</think><answer>132</answer>", "132"),
+        ("<answer>1</answer> no, <answer>2</answer>", "2"),
+        (r"<answer>so \boxed{5}</answer>", "5"),
+        (r"\boxed{1} then \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        ("9 * 2 = 18\n#### 18\n", "18"),
+        ("#### Solution\n3 * 6\n**Answer:** 18\n", "18"),
+        ("Q: how many?\nA: 18", "18"),
+        ("18", "18"),
+        ("<answer>132", None),
+        ("I think it is 18.", None),
+        ("<think>#### 18", None),
+        ("<think><answer>18</answer></think>", None),
+        ("<think>a</think><think>#### 18", None),
+    ],
+)
+def test_an_answer_is_marked_as_one_and_stands_after_the_reasoning(completion, answer):
+    assert find_answer(completion) == answer
+
+
+def test_a_prompt_that_opens_the_reasoning_needs_its_end():
+    opened = "<|user|>2+2<|assistant|><think>\n"
+    assert verdict_on("<answer>4</answer>", "4", opened) is DIFFERENT
+    assert verdict_on("two and two</think><answer>4</answer>", "4", opened) is EQUAL
+    assert verdict_on("<answer>4</answer>", "4", "reason in <think>, please: 2+2") is EQUAL
+
+
+def test_gold_is_the_answer_column_then_the_solution_from_its_marker_on():
+    assert find_gold({"answer": "9 * 2 = 18\n#### 18", "solution": "3"}) == " 18"
+    assert find_gold({"answer": None, "solution": r"so \boxed{7}"}) == "7"
+    assert find_gold({"answer": 132}) == "132"
+    assert find_gold({"other": 1}) is None
+    with pytest.raises(ValueError, match="column 'answer' holds"):
+        find_gold({"answer": ["1", "2"]})
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "verdict"),
+    [
+        (r"\sqrt{324}", "18", EQUAL),
+        (r"2\cdot 9", "18", EQUAL),
+        ("13+", "13", DIFFERENT),
+        ("18x", "18", DIFFERENT),
+        ("p - q", "p-q", EQUAL),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\pi/2)", EQUAL),
+        ("(3,4)", "(4,3)", DIFFERENT),
+        ("9^{9^{9^{9}}}", "18", UNKNOWN),
+        ("3*x-1*y+13=0", "3x+4y+14=0", UNKNOWN),
+        (r"\frac{1}{2004!}", r"\frac{1}{2006!}", UNKNOWN),
+    ],
+)
+def test_math_verify_is_asked_for_expressions_and_only_where_it_can_be_trusted(answer, gold, verdict):
+    assert compare(answer, gold) is UNKNOWN
+    assert compare_expressions(answer, gold) is verdict
+
+
+def test_math_answer_scores_1_0_and_none():
+    completions = [r"\boxed{18}", r"\boxed{19}", "18 or 19", r"\boxed{1.5 million}"]
+    assert math_answer(["q"] * 4, completions, answer=["18", "18", "18", "1.5"]) == [1.0, 0.0, 0.0, None]
+    assert math_answer(["q"], ["18"]) == [None]
+    chat = [[{"role": "assistant", "content": "#### 18"}]]
+    assert math_answer([[{"role": "user", "content": "q"}]], chat, solution=["#### 18"]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    "shape", [r"The result is \boxed{{{}}}.", "<think>hm</think><answer>{}</answer>", "so\n#### {}", "Answer: {}"]
+)
+def test_every_gold_of_gsm8k_equals_itself_and_differs_from_the_next_other_one(test_data, shape):
+    rows = [json.loads(line)["answer"] for line in (test_data / "gsm8k" / "test.jsonl").open()]
+    golds = [find_gold({"answer": row}).strip() for row in rows]
+    assert len(golds) == 1319
+    values = [int(gold.replace(",", "")) for gold in golds]
+    others = [next(golds[(i + n) % 1319] for n in range(1, 1319) if values[(i + n) % 1319] != values[i]) for i in range(1319)]
+    assert math_answer(rows, [shape.format(gold) for gold in golds], answer=rows) == [1.0] * 1319
+    assert math_answer(rows, [shape.format(gold) for gold in others], answer=rows) == [0.0] * 1319
+
+
+def test_the_worked_solutions_of_gsm8k_score_1_as_completions(test_data):
+    rows = [json.loads(line)["answer"] for line in (test_data / "gsm8k" / "test.jsonl").open()]
+    assert math_answer(rows, rows, answer=rows) == [1.0] * 1319
+
+
+@pytest.mark.parametrize(
+    ("completion", "prompt_text", "reward"),
+    [
+        ("<think>a</think>b", "", 1.0),
+        ("\n<think>a</think>\nb", "", 1.0),
+        ("a</think>b", "<assistant><think>\n", 1.0),
+        ("a</think>b", "", 0.0),
+        ("<think>a</think>b", "<assistant><think>\n", 0.0),
+        ("<think>a</think> \n", "", 0.0),
+        ("<think>a", "", 0.0),
+        ("b", "", 0.0),
+        ("x<think>a</think>b", "", 0.0),
+        ("<think>a</think>b<think>c</think>d", "", 0.0),
+        ("<think><think>a</think>b", "", 0.0),
+        ("<think>a</think>b</think>c", "", 0.0),
+    ],
+)
+def test_think_format_is_one_section_and_then_an_answer(completion, prompt_text, reward):
+    assert think_format(["q"], [completion], prompt_texts=[prompt_text]) == [reward]

@@ -1,0 +1,284 @@
+"""The scorer against functions that hang, die, lie and print; and against functions written for trl."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.recipe import InputError
+from rewards.config import RewardsConfig
+from rewards.job import ScoreJob
+from rewards.scorer import Scorer
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def plugin(tmp_path):
+    """Writes a plugin file outside the checkout; gives its path."""
+
+    def write(code: str, name: str = "mine.py") -> str:
+        (tmp_path / name).write_text(textwrap.dedent(code))
+        return str(tmp_path / name)
+
+    return write
+
+
+def config(parts: list[dict], plugins: list[str] = (), **rest) -> RewardsConfig:
+    return RewardsConfig.model_validate({"plugins": list(plugins), "parts": parts, "workers": 2, **rest})
+
+
+def job(
+    completions: list[str], group_id: str = "g", prompt="2+2=", prompt_text: str = "2+2=", step: int = 0, **columns
+) -> ScoreJob:
+    ids = [np.arange(len(text), dtype=np.int32) for text in completions]
+    return ScoreJob(group_id, prompt, prompt_text, completions, ids, columns, step)
+
+
+def values(scores: list) -> list:
+    return [score.value for score in scores]
+
+
+POISON = """
+    import os, signal, sys, time
+
+    def poison(prompts, completions, **kwargs):
+        for text in completions:
+            if "hang" in text:
+                time.sleep(600)
+            if "die" in text:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if "exit" in text:
+                os._exit(0)
+            if "raise" in text:
+                raise KeyError("no such thing")
+            if "garbage" in text:
+                for fd in range(3, 100):
+                    try:
+                        os.write(fd, b'{"id": 0, "values": [1.0]}' + bytes([10]))
+                    except OSError:
+                        pass
+            if "eat" in text:
+                bytearray(8 << 30)
+        print("printed by a plugin", completions, flush=True)
+        if any("short" in text for text in completions):
+            return [1.0] * (len(completions) - 1)
+        return [float("nan") if "nan" in text else "1.0" if "text" in text else 1.0 for text in completions]
+"""
+
+
+def test_poison_fails_alone_and_every_right_answer_beside_it_scores_right(plugin):
+    said = {
+        "hang": ("timeout", "poison: no answer within 1.5 s, its process was killed"),
+        "die": ("error", "poison: its process was killed by SIGKILL"),
+        "exit": ("error", "poison: its process ended with exit code 0"),
+        "raise": ("error", "poison: KeyError: 'no such thing' (mine.py:13)"),
+        "garbage": ("error", "poison: its process wrote what is no reply on the reply pipe"),
+        "eat": ("error", "poison: MemoryError: (mine.py:21)"),
+        "short": ("error", "poison: returned 0 values for 1 completions"),
+        "nan": ("error", "poison: returned nan"),
+        "text": ("error", "poison: returned '1.0', which is no number"),
+    }
+    parts = [{"name": "math_answer"}, {"name": "poison", "weight": 0.5, "timeout_s": 1.5}]
+    with Scorer(config(parts, [plugin(POISON) + ":poison"], memory_mb=2048)) as scorer:
+        kinds = [*said, *["right"] * 60]
+        for number, kind in enumerate(kinds):
+            scorer.submit(number, job([f"#### 4 {'' if i != 2 else kind}".strip() for i in range(4)], f"g{number}", answer="4"))
+        scores: dict = {}
+        while len(scores) < len(kinds):
+            scores |= dict(scorer.poll(10.0))
+        for number, kind in enumerate(kinds):
+            for index, score in enumerate(scores[number]):
+                if kind in said and index == 2:
+                    assert (score.value, score.status) == (None, said[kind][0]), kind
+                    assert score.detail.startswith(said[kind][1]), kind
+                elif kind == "right" and index == 2:
+                    assert score.parts["poison"] == 1.0  # `4 right` is the number 4 with a unit
+                else:
+                    assert (score.value, score.status) == (1.5, "ok"), (kind, score)
+        hang = scorer.explain(scores[0])
+        assert hang.startswith("1 of 4 scores failed, 1 of them in the reward function 'poison': poison: no answer within 1.5 s")
+        assert 'mine.py", line 7 in poison' in hang  # where it hung
+        assert "no such thing" in scorer.explain(scores[3])
+
+
+TRL = """
+    import asyncio
+    import numpy as np
+    from helper import CONSTANT
+
+    def pattern(completions, target, trainer_state, log_metric=None, log_extra=None, **kwargs):
+        contents = [completion[0]["content"] for completion in completions]
+        log_extra("seen", contents)
+        log_metric("share_of_yes", sum("yes" in text for text in contents) / len(contents))
+        assert sorted(kwargs) == ["completion_ids", "difficulty", "group_ids", "prompt_texts", "prompts"], sorted(kwargs)
+        assert [prompt[-1]["role"] for prompt in kwargs["prompts"]] == ["user"] * len(contents)
+        return np.array([float(text == t) + trainer_state.global_step for text, t in zip(contents, target, strict=True)])
+
+    async def waits(prompts, completions, completion_ids, **kwargs):
+        await asyncio.sleep(0.001)
+        return [None if len(ids) == 3 else CONSTANT * len(ids) for ids in completion_ids]
+"""
+
+
+def test_functions_written_for_trl_run_unchanged_sync_and_async(plugin):
+    path = plugin(TRL)
+    plugin("CONSTANT = np = 10", "helper.py")
+    chosen = config([{"name": "pattern"}, {"name": "waits", "weight": 0.1}], [f"{path}:pattern", f"{path}:waits"])
+    chat = [{"role": "user", "content": "2+2="}]
+    with Scorer(chosen) as scorer:
+        scorer.submit("a", job(["yes", "no"], prompt=chat, step=7, target="yes", difficulty=3))
+        ((key, scores),) = scorer.poll(30.0)
+        assert key == "a"
+        assert [score.parts for score in scores] == [{"pattern": 8.0, "waits": None}, {"pattern": 7.0, "waits": 20.0}]
+        assert values(scores) == [8.0, 9.0]
+        assert scorer.extras("a") == {"seen": ["yes", "no"]} and scorer.extras("a") == {}
+        logged = scorer.metrics()
+        assert logged["share_of_yes"] == 0.5
+        assert set(logged) == {"share_of_yes", "time/reward/pattern_s", "time/reward/waits_s"}
+        assert scorer.metrics() == {}
+
+
+def test_text_prompts_reach_a_function_as_text_with_copies_of_the_columns(plugin):
+    path = plugin("""
+        def greedy(prompts, completions, tests, **kwargs):
+            tests[0].append("changed")
+            return [float(prompt == "2+2=" and completion == "4" and tests == [[1, "changed"], [1]])
+                    for prompt, completion in zip(prompts, completions)]
+    """)
+    with Scorer(config([{"name": "greedy"}], [path + ":greedy"])) as scorer:
+        assert values(scorer.score([job(["4", "5"], tests=[1], prompt_ids="x")])[0]) == [1.0, 0.0]
+
+
+def test_a_function_that_compares_siblings_is_not_asked_again_one_by_one(plugin):
+    path = plugin("""
+        def rank(completions, group_ids, **kwargs):
+            assert len(completions) == 3, "alone"
+            assert group_ids == ["g"] * 3
+            raise RuntimeError("as a whole")
+    """)
+    with Scorer(config([{"name": "rank"}], [path + ":rank"])) as scorer:
+        (scores,) = scorer.score([job(["a", "b", "c"])])
+    assert [score.detail for score in scores] == ["rank: RuntimeError: as a whole (mine.py:5)"] * 3
+
+
+def test_builtins_score_a_group_with_gate_and_prompt_that_opens_the_reasoning():
+    with Scorer(config([{"name": "math_answer", "requires": "think_format"}])) as scorer:
+        completions = ["2</think><answer>4</answer>", "2</think><answer>5</answer>", "<answer>4</answer>"]
+        (scores,) = scorer.score([job(completions, prompt_text="2+2=<think>", answer="4")])
+        assert values(scores) == [1.0, 0.0, 0.0]
+        assert scores[2].detail == "math_answer: counts 0, as its gate think_format gave 0"
+        (none,) = scorer.score([job(completions, prompt_text="2+2=<think>")])
+        assert [score.status for score in none] == ["unscored", "unscored", "ok"]
+
+
+def test_the_environment_is_cleaned_except_for_what_the_recipe_names(plugin, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "k")
+    monkeypatch.setenv("OTHER_KEY", "o")
+    path = plugin("""
+        import os
+        def sees(completions, **kwargs):
+            return [float("JUDGE_KEY" in os.environ) - float("OTHER_KEY" in os.environ)]
+    """)
+    with Scorer(config([{"name": "sees", "env": ["JUDGE_KEY"]}], [path + ":sees"])) as scorer:
+        assert values(scorer.score([job(["a"])])[0]) == [1.0]
+    monkeypatch.delenv("JUDGE_KEY")
+    with pytest.raises(InputError, match="JUDGE_KEY that it names is not set"):
+        Scorer(config([{"name": "sees", "env": ["JUDGE_KEY"]}], [path + ":sees"])).start()
+
+
+def test_options_are_keyword_arguments_of_the_function(plugin):
+    path = plugin("""
+        def brevity(completions, target=1, **kwargs):
+            return [target - len(text) for text in completions]
+    """)
+    with Scorer(config([{"name": "brevity", "options": {"target": 10}}], [path + ":brevity"])) as scorer:
+        assert values(scorer.score([job(["abc"])])[0]) == [7.0]
+    wrong = Scorer(config([{"name": "brevity", "options": {"targt": 10}}], [path + ":brevity"]))
+    with pytest.raises(InputError, match="brevity: cannot be loaded: has no parameter 'targt'"):
+        wrong.start()
+
+
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        (
+            "import no_such_library\ndef f(**kwargs): ...",
+            "rewards: f: cannot be loaded: ModuleNotFoundError: No module named 'no_such_library'",
+        ),
+        ("def f(completions): ...", "rewards: f: cannot be loaded: takes no **kwargs"),
+        ("import os; os._exit(3)\ndef f(**kwargs): ...", "cannot be loaded: its process ended with exit code 3"),
+    ],
+)
+def test_a_plugin_that_cannot_be_loaded_is_one_line_at_the_start(plugin, code, line):
+    with pytest.raises(InputError) as caught:
+        Scorer(config([{"name": "f"}], [plugin(code) + ":f"])).start()
+    assert line in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_column_that_json_cannot_carry_is_refused_by_value():
+    with Scorer(config([{"name": "math_answer"}])) as scorer:
+        with pytest.raises(ValueError, match="cannot be given the bytes"):
+            scorer.submit(0, job(["a"], answer=b"4"))
+        assert values(scorer.score([job(["#### 4"], answer=np.int64(4), image=b"not for this function")])[0]) == [1.0]
+
+
+def test_scoring_goes_on_while_the_caller_does_something_else(plugin):
+    path = plugin("""
+        import time
+        def slow(completions, **kwargs):
+            time.sleep(0.2)
+            return [1.0] * len(completions)
+    """)
+    with Scorer(config([{"name": "slow"}], [path + ":slow"])) as scorer:
+        for number in range(4):
+            scorer.submit(number, job(["a"]))
+        assert scorer.poll() == []
+        time.sleep(1.0)
+        assert len(scorer.poll()) >= 2  # nobody asked in between
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a worker in the middle of a call dies with its trainer on Linux only")
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
+def test_no_worker_outlives_its_trainer(plugin, tmp_path, ending):
+    pids = tmp_path / "pids"
+    path = plugin(f"""
+        import os, time
+        def hangs(completions, **kwargs):
+            with open({str(pids)!r}, "a") as file:
+                print(os.getpid(), file=file, flush=True)
+            while True:
+                pass
+    """)
+    trainer = f"""
+from tests.rewards.test_scorer import config, job
+from rewards.scorer import Scorer
+scorer = Scorer(config([{{"name": "hangs"}}], [{path + ":hangs"!r}]))
+scorer.start()
+scorer.score([job(["a"]), job(["b"])])
+"""
+    running = subprocess.Popen([sys.executable, "-c", trainer], cwd=CHECKOUT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 20
+    while (not pids.exists() or len(pids.read_text().split()) < 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers = [int(pid) for pid in pids.read_text().split()]
+    assert len(workers) == 2
+    running.send_signal(ending)
+    running.wait(timeout=20)
+    while any(_runs(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(_runs(pid) for pid in workers)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
