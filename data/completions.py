@@ -47,9 +47,7 @@ def write_completions(
     rows = [
         _row(step, group, completion, score, text, advantage)
         for group, group_texts, group_advantages in zip(groups, texts, advantages, strict=True)
-        for completion, score, text, advantage in zip(
-            group.completions, group.scores, group_texts, group_advantages, strict=True
-        )
+        for completion, score, text, advantage in zip(group.completions, group.scores, group_texts, group_advantages, strict=True)
     ]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step}.parquet"

@@ -19,5 +19,5 @@ def hub_rows(name: str, split: str) -> Iterator[dict[str, Any]]:
         raise InputError(f"{name}: {reason}; a configuration is named as {dataset_id}:NAME, a split by `split`") from None
     except OSError as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{name}: no such file, and not to be had as a hub data set ({reason}); check the name and the network") from None
+        raise InputError(f"{name}: no such file, nor a hub data set to be had ({reason}); check name and network") from None
     return iter(rows)

@@ -137,8 +137,8 @@ class Journal:
         found = self._attempts("run = ? AND position = ? AND nth = ?", (slot.run, slot.position, slot.nth))
         if found and found[0].slot.prompt_id != slot.prompt_id:
             raise InputError(
-                f"{self.path}: position {slot.position} was given to prompt '{found[0].slot.prompt_id}' and now to '{slot.prompt_id}': "
-                "the prompts have changed since; restore them, or choose another run.name"
+                f"{self.path}: position {slot.position} was given to prompt '{found[0].slot.prompt_id}', and now to "
+                f"'{slot.prompt_id}': the prompts have changed since; restore them, or choose another run.name"
             )
         return found[0] if found else None
 
@@ -226,7 +226,7 @@ class Journal:
         with self.transaction():
             live = self._db.execute("SELECT step, reason FROM use WHERE attempt = ? AND void IS NULL", (key,)).fetchone()
             if live is not None:
-                assert live == (step, reason), f"group {group} was {live[1]} in step {live[0]}; it cannot be {reason} in step {step}"
+                assert live == (step, reason), f"group {group} was {live[1]} in step {live[0]}, and is now {reason} in step {step}"
                 return
             query = """SELECT coalesce(sum(sampled), 0), coalesce(sum(sampled) FILTER (WHERE status = 'ok'), 0)
                        FROM completion LEFT JOIN score USING (attempt, idx) WHERE attempt = ?"""

@@ -70,7 +70,9 @@ def open_database(path: Path, read_only: bool) -> sqlite3.Connection:
             on_error.callback(database.close)
             _check(database, path, read_only)
         except sqlite3.DatabaseError as error:
-            raise InputError(f"{path}: cannot be read as a journal ({error}); move it away to start anew, or restore a copy") from None
+            raise InputError(
+                f"{path}: not readable as a journal ({error}); move it away to start anew, or restore a copy"
+            ) from None
         on_error.pop_all()
     return database
 
@@ -83,28 +85,26 @@ def _check(database: sqlite3.Connection, path: Path, read_only: bool) -> None:
         raise InputError(f"{path}: an SQLite file, but no journal of Cohort; move it away, or choose another run.name")
     found = database.execute("PRAGMA user_version").fetchone()[0]
     if found != FORMAT:
-        raise InputError(f"{path}: a journal of format {found}, and this version reads format {FORMAT}; use the version that wrote it")
+        raise InputError(f"{path}: a journal of format {found}, and this version reads {FORMAT}; use the version that wrote it")
     verdict = database.execute("PRAGMA quick_check(1)").fetchone()[0]
     if verdict != "ok":
         raise InputError(f"{path}: a damaged journal ({' '.join(verdict.split())}); move it away to start anew, or restore a copy")
     if not read_only:
         database.execute("PRAGMA synchronous = NORMAL")
-        # 64 MiB of log before it is copied into the file: at 4 MiB, the default, a step with long completions syncs dozens of times.
+        # 64 MiB of log before it is copied into the file: with the default, 4 MiB, a step of long completions syncs dozens of times
         database.execute("PRAGMA wal_autocheckpoint = 16384")
         database.execute("PRAGMA secure_delete = OFF")
 
 
 def _create(database: sqlite3.Connection) -> None:
     database.execute("PRAGMA journal_mode = WAL")
-    database.executescript(
-        f"BEGIN; {SCHEMA} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT}; COMMIT;"
-    )
+    database.executescript(f"BEGIN; {SCHEMA} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT}; COMMIT;")
 
 
 def lock_for_writing(path: Path) -> IO[str]:
     """Holds `<path>.lock` until the returned file is closed or this process ends, however it ends.
 
-    InputError if another process holds it. A record lock, since a child made by fork inherits an flock and would outlive us with it.
+    InputError if another process holds it. A record lock: a child made by fork would inherit an flock and outlive us with it.
     """
     lock = open(path.with_name(path.name + ".lock"), "a+", encoding="utf-8")
     try:

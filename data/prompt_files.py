@@ -80,12 +80,13 @@ def _parse(line: bytes, place: str) -> dict[str, Any] | BadRow:
     try:
         values = json.loads(line.decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
-        return BadRow(place, "broken_json", f"not UTF-8 text ({error.reason} at byte {error.start} of the line)", "save the file as UTF-8")
+        problem = f"not UTF-8 text ({error.reason} at byte {error.start} of the line)"
+        return BadRow(place, "broken_json", problem, "save the file as UTF-8")
     except json.JSONDecodeError as error:
         return BadRow(place, "broken_json", f"not valid JSON ({error.msg} at column {error.colno})", "write one JSON object a line")
     if not isinstance(values, dict):
         problem = f"holds a JSON {type(values).__name__} where a row is an object"
-        return BadRow(place, "broken_json", problem, "write one JSON object a line, as in {\"prompt\": ...}")
+        return BadRow(place, "broken_json", problem, 'write one JSON object a line, as in {"prompt": ...}')
     return values
 
 

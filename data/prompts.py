@@ -39,7 +39,8 @@ class PromptSet:
 
     prompts: tuple[Prompt, ...]
     skipped: Mapping[str, int]
-    """Rows left out under `skip_bad`, by reason: broken_json, missing_column, wrong_type, empty_prompt, duplicate_id, template, too_long."""
+    """Rows left out under `skip_bad` by reason: broken_json, missing_column, wrong_type, empty_prompt, duplicate_id, template,
+    too_long."""
 
 
 T = TypeVar("T")
@@ -93,7 +94,7 @@ def read_prompts(config: PromptsConfig, tokenizer: "PreTrainedTokenizerBase", ma
 
 
 def check_prompts(config: PromptsConfig) -> None:
-    """Raises what `read_prompts` would for a missing file and the first rows; needs no tokenizer, and no network: a hub id passes."""
+    """Raises what `read_prompts` would for a missing file and the first rows; needs no tokenizer and no network (hub ids pass)."""
     if config.path is not None and is_hub_id(config.path):
         return
     drafts = list(islice(_Drafts(config), CHECKED_ROWS))
@@ -196,8 +197,8 @@ def _rendered(draft: _Draft, tokenizer: "PreTrainedTokenizerBase") -> tuple[_Dra
         return draft, draft.prompt
     if tokenizer.chat_template is None:
         raise InputError(
-            f"{draft.place}: the prompt is a chat (or `system` makes it one), and the tokenizer '{tokenizer.name_or_path}' has no chat "
-            "template; give text prompts without `system`, or put a chat_template.jinja beside the tokenizer"
+            f"{draft.place}: the prompt is a chat (or `system` makes it one), and the tokenizer '{tokenizer.name_or_path}' "
+            "has no chat template; give text prompts without `system`, or put a chat_template.jinja beside the tokenizer"
         )
     try:
         text = tokenizer.apply_chat_template(draft.prompt, tokenize=False, add_generation_prompt=True)
@@ -233,6 +234,6 @@ def _prompt(draft: _Draft, text: str, ids: list[int], max_tokens: int | None) ->
 
 def _nothing_left(config: PromptsConfig, skipped: Mapping[str, int]) -> str:
     if not skipped:
-        return f"{config.source}: holds no prompts; a prompt file has one JSON object a line, as in {{\"prompt\": ...}}"
+        return f'{config.source}: holds no prompts; a prompt file has one JSON object a line, as in {{"prompt": ...}}'
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
     return f"{config.source}: no prompt is left, all rows were skipped ({reasons}); set skip_bad: false to see the first one"

@@ -138,7 +138,7 @@ class Scorer:
         name, count = names.most_common(1)[0]
         detail = next(score.detail for score in failed if score.detail.startswith(f"{name}:"))
         head = f"{len(failed)} of {len(scores)} scores failed, {count} of them in the reward function '{name}': {detail}"
-        return f"{head}\n{self._tracebacks[detail]}" if detail in self._tracebacks else head
+        return "\n".join([head, *[trace for said, trace in self._tracebacks.items() if detail.startswith(said)][:1]])
 
     def close(self) -> None:
         """Kills the workers; may be called twice."""

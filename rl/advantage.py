@@ -31,27 +31,19 @@ def advantage(rewards_PG: torch.Tensor, config: AdvantageConfig) -> torch.Tensor
     """
     count_P1 = (~rewards_PG.isnan()).sum(-1, keepdim=True)
     mean_P1 = rewards_PG.nanmean(-1, keepdim=True)
-    centred_PG = rewards_PG - mean_P1
-    # The mean of equal floats can round to another float; what is equal shall teach nothing at all.
+    advantages_PG = rewards_PG - mean_P1
+    if config.baseline == "leave_one_out":
+        advantages_PG = advantages_PG * count_P1 / (count_P1 - 1)
+    if config.scale == "group":
+        variance_P1 = (rewards_PG - mean_P1).square().nansum(-1, keepdim=True) / (count_P1 - config.ddof)
+        advantages_PG = advantages_PG / (variance_P1.sqrt() + config.eps)
+    if config.scale == "batch":
+        variance = (rewards_PG - rewards_PG.nanmean()).square().nansum() / (count_P1.sum() - config.ddof)
+        advantages_PG = advantages_PG / (variance.sqrt() + config.eps)
+    # The mean of equal floats can round to another float, and eps may be 0; what is equal shall teach nothing at all.
     lowest_P1 = rewards_PG.nan_to_num(nan=torch.inf).amin(-1, keepdim=True)
     highest_P1 = rewards_PG.nan_to_num(nan=-torch.inf).amax(-1, keepdim=True)
-    centred_PG = torch.where((lowest_P1 == highest_P1) & ~rewards_PG.isnan(), torch.zeros_like(centred_PG), centred_PG)
-    if config.baseline == "leave_one_out":
-        centred_PG = centred_PG * count_P1 / (count_P1 - 1)
-    if config.scale == "group":
-        variance_P1 = centred_squares(rewards_PG, mean_P1) / (count_P1 - config.ddof)
-        return centred_PG / (variance_P1.sqrt() + config.eps)
-    if config.scale == "batch":
-        mean = rewards_PG.nanmean()
-        count = (~rewards_PG.isnan()).sum()
-        variance = (rewards_PG - mean).square().nansum() / (count - config.ddof)
-        return centred_PG / (variance.sqrt() + config.eps)
-    return centred_PG
-
-
-def centred_squares(rewards_PG: torch.Tensor, mean_P1: torch.Tensor) -> torch.Tensor:
-    """Sum of squared distances from the mean by group, [P, 1]; NaN is left out."""
-    return (rewards_PG - mean_P1).square().nansum(-1, keepdim=True)
+    return torch.where((lowest_P1 == highest_P1) & ~rewards_PG.isnan(), 0.0, advantages_PG)
 
 
 def group_advantage(groups: Sequence[Group], config: AdvantageConfig) -> torch.Tensor:

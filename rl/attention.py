@@ -23,19 +23,21 @@ NAME = "cohort"
 class Layout:
     """Which rows of a flat batch attend to which."""
 
-    prompts: tuple[tuple[int, int], ...]
-    """[begin, end) of each prompt."""
-    completions: tuple[tuple[int, int, int, int], ...]
-    """[begin, end) of each completion, and of its prompt."""
+    bounds: tuple[tuple[int, int], ...]
+    """Begin and end of each segment; they follow each other without gaps."""
+    prompt_of_S: tuple[int | None, ...]
+    """The segment of a completion's prompt; None for a prompt."""
+    longest: int
+    """Longest prompt and completion together, in tokens."""
 
 
 def layout_of(batch: TrainBatch) -> Layout:
-    completions = set(batch.segment_of_B)
+    prompt_of = dict(zip(batch.segment_of_B, batch.prompt_of_B, strict=True))
+    sizes = [end - begin for begin, end in batch.bounds_S]
     return Layout(
-        prompts=tuple(bounds for s, bounds in enumerate(batch.bounds_S) if s not in completions),
-        completions=tuple(
-            (*batch.bounds_S[s], *batch.bounds_S[p]) for s, p in zip(batch.segment_of_B, batch.prompt_of_B, strict=True)
-        ),
+        bounds=batch.bounds_S,
+        prompt_of_S=tuple(prompt_of.get(s) for s in range(len(sizes))),
+        longest=max(size + (sizes[prompt_of[s]] if s in prompt_of else 0) for s, size in enumerate(sizes)),
     )
 
 
@@ -57,24 +59,21 @@ def segment_attention(
     Raises ValueError for a sliding window shorter than the batch needs: a window over a shared prompt is not there yet.
     """
     assert attention_mask is None and dropout == 0.0, "a flat batch has no padding mask, and RL trains without dropout"
-    longest = max((end - begin + p_end - p_begin for begin, end, p_begin, p_end in cohort.completions), default=0)
-    if sliding_window is not None and longest > sliding_window:
-        raise ValueError(f"prompt and completion have {longest} tokens, the model's sliding window is {sliding_window}")
+    if sliding_window is not None and cohort.longest > sliding_window:
+        raise ValueError(f"prompt and completion have {cohort.longest} tokens, the model's sliding window is {sliding_window}")
     gqa = query.shape[1] != key.shape[1]
-    parts: list[tuple[int, torch.Tensor]] = []
-    for begin, end in cohort.prompts:
-        q, k, v = (x[:, :, begin:end] for x in (query, key, value))
-        parts.append((begin, scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)))
-    for begin, end, p_begin, p_end in cohort.completions:
-        if begin == end:
-            continue  # a completion of one token forwards nothing
-        q = query[:, :, begin:end]
-        k = torch.cat([key[:, :, p_begin:p_end], key[:, :, begin:end]], dim=2)
-        v = torch.cat([value[:, :, p_begin:p_end], value[:, :, begin:end]], dim=2)
-        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril_(k.shape[2] - q.shape[2])
-        parts.append((begin, scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling, enable_gqa=gqa)))
-    parts.sort(key=lambda part: part[0])
-    return torch.cat([out for _, out in parts], dim=2).transpose(1, 2).contiguous(), None
+    # One split, not a slice for each segment: the backward of a slice fills a row of zeros as long as the whole batch.
+    sizes = [end - begin for begin, end in cohort.bounds]
+    queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
+    out: list[torch.Tensor] = []
+    for q, k, v, prompt in zip(queries, keys, values, cohort.prompt_of_S, strict=True):
+        if prompt is None:
+            out.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa))
+        elif q.shape[2]:  # a completion of one token forwards nothing
+            k, v = torch.cat([keys[prompt], k], dim=2), torch.cat([values[prompt], v], dim=2)
+            seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril_(k.shape[2] - q.shape[2])
+            out.append(scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling, enable_gqa=gqa))
+    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, segment_attention)

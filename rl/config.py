@@ -142,7 +142,14 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.0, ge=0.0)
     """Decoupled, on matrices alone (AdamW)."""
     moments: Literal["fp32", "bf16"] = "fp32"
-    """Type of both moments; DeepSeek-V3 keeps BF16 (arXiv:2412.19437, section 3.3.3)."""
+    """Type of both moments; DeepSeek-V3 keeps BF16 (arXiv:2412.19437, section 3.3.3), with betas 0.9 and 0.95."""
+
+    @model_validator(mode="after")
+    def _moments_can_fall(self) -> "OptimizerConfig":
+        # BF16 resolves steps of 2^-8; a decay by less is rounded back, so the second moment would only ever grow.
+        if self.moments == "bf16" and self.betas[1] > 1 - 2**-8:
+            raise ValueError(f"betas[1] {self.betas[1]:g} is too slow for bf16 moments, which cannot fall by so little; use 0.95, or fp32")
+        return self
 
 
 class LearnerConfig(Section):

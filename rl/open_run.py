@@ -7,7 +7,7 @@ closed in the opposite order, whatever happens.
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -127,8 +127,8 @@ def _open_rollouts(run: Run, source: Path, prompts: PromptSet, max_model_len: in
     run.metrics = MetricsFile(folder, recipe.log.trackers, recipe.run.name, recipe.model_dump(mode="json"))
     stack.callback(run.metrics.close)
     run.display.phase("starting rewards and engines")
-    run.scorer = stack.enter_context(closing(Scorer(recipe.rewards, log_dir=folder / "logs")))
-    run.scorer.start()
+    (folder / "logs").mkdir(exist_ok=True)
+    run.scorer = stack.enter_context(Scorer(recipe.rewards, log_dir=folder / "logs"))
     engines = make_engines(recipe.rollout, recipe.policy, source, max_model_len, folder / "logs")
     run.pool = stack.enter_context(RolloutPool(engines))
     stream = GroupStream(

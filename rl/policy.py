@@ -17,9 +17,12 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from data.recipe import InputError
 from rl import attention
+
+logging.disable_progress_bar()  # the display is ours
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARD_BYTES = 4 << 30

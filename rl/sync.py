@@ -41,16 +41,15 @@ class WeightSync:
         self.stats: SyncStats | None = None
         """Of the last push, on rank 0."""
 
-    def push(self, learner: Exporter, version: int) -> SyncStats | None:
+    def push(self, learner: Exporter, version: int) -> None:
         """Every engine samples its next token from the learner's weights; they must be idle or paused. Collective over ranks.
 
-        Returns None on ranks without engines. Raises WeightMismatch before any engine is touched, EngineDead after all engines
-        that live have been updated.
+        Raises WeightMismatch before any engine is touched, EngineDead after all engines that live have been updated.
         """
         if self.file is None:
             for _ in learner.export():
                 pass
-            return None
+            return
         began = time.perf_counter()
         self.file.write(learner.export())
         self.version = version
@@ -61,7 +60,6 @@ class WeightSync:
             for load in loads:
                 load.result()
         self.stats = SyncStats(version, self.file.bytes, written - began, time.perf_counter() - written)
-        return self.stats
 
     def metrics(self) -> dict[str, float]:
         """The last push as numbers of a step."""
@@ -69,7 +67,8 @@ class WeightSync:
         return {"sync/bytes": self.stats.bytes, "time/sync_s": self.stats.write_s + self.stats.load_s}
 
     def replay(self, engine: Engine) -> None:
-        """Brings one engine, idle or paused, to the last update; before the first update there is nothing to do. Not during a push."""
+        """Brings one engine, idle or paused, to the last update; before the first there is nothing to do. Never during a push."""
+        assert self.file is not None, "only rank 0 has engines"
         if not self.file.chunks:
             return
         engine.begin_update(self.version)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: `accelerate launch -m sft.train RECIPE [section.key=value …]`, or `python -m sft.train` for one process.
+"""Supervised fine-tuning: `accelerate launch -m sft.train RECIPE [section.key=value …]`; `python -m sft.train` is one process.
 
 Also the cold start: with `policy.init` the policy is made from nothing and learns the format and the elements of a task. Recipe,
 run folder and rows are checked before anything heavy is loaded; `--dry-run` stops there and says what would be done.
@@ -52,7 +52,7 @@ def run(recipe: SftRecipe, rows: list[dict[str, Any]], folder: RunFolder) -> dic
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from sft.trainer import load_policy, train  # loads torch, transformers and trl
 
-    policy = load_policy(recipe.policy, recipe.run.seed)
+    policy = load_policy(recipe)
     if is_main():
         folder.claim()
         begin_again(folder.path)

@@ -26,7 +26,8 @@ from transformers import (
 from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
-from sft.config import SftPolicyConfig, SftRecipe
+from data.recipe import InputError
+from sft.config import SftRecipe
 from sft.init import init_policy
 from sft.ranks import ranks
 
@@ -65,14 +66,25 @@ def train(recipe: SftRecipe, policy: Policy, rows: list[dict[str, Any]], folder:
     return {**log.last, "seconds": round(time.monotonic() - started, 1)}
 
 
-def load_policy(policy: SftPolicyConfig, seed: int) -> Policy:
-    """The policy of a recipe with fp32 master weights, and its tokenizer; InputError if `init` is no architecture."""
+def load_policy(recipe: SftRecipe) -> Policy:
+    """The recipe's policy with fp32 master weights, and its tokenizer.
+
+    Raises InputError if `init` is no architecture, or if a dense policy should balance experts.
+    """
+    policy = recipe.policy
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     if policy.init is not None:
         assert policy.tokenizer is not None
-        return init_policy(policy.init, policy.tokenizer, seed)
-    assert policy.path is not None
-    model = AutoModelForCausalLM.from_pretrained(policy.path, revision=policy.revision, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(policy.path, revision=policy.revision)
+        model, tokenizer = init_policy(policy.init, policy.tokenizer, recipe.run.seed)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(policy.path, revision=policy.revision, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(policy.path, revision=policy.revision)
+    coefficient = recipe.sft.router_aux_loss_coef
+    if coefficient and not hasattr(model.config, "router_aux_loss_coef"):
+        kind = type(model).__name__
+        raise InputError(f"sft.router_aux_loss_coef: {coefficient:g}, but {kind} has no experts to balance; leave it out")
+    return model, tokenizer
 
 
 def save(trainer: SFTTrainer, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

@@ -40,13 +40,13 @@ class NoFloat32(TorchFunctionMode):
 
 
 def make_groups(
-    rewards: Sequence[Sequence[float | None]], *, seed: int = 0, vocab_size: int = 64, truncate: bool = False
+    rewards: Sequence[Sequence[float | None]], *, seed: int = 0, vocab_size: int = 64, truncate: bool = False, prompt_tokens: int | None = None
 ) -> list[Group]:
     """One group for each row of rewards; lengths 1 to MAX_TOKENS, some tokens of turns the policy did not write."""
     rng = np.random.default_rng(seed)
     groups = []
     for g, values in enumerate(rewards):
-        prompt = Prompt(f"p{g}", "", "", rng.integers(2, vocab_size, rng.integers(2, 9)).astype(np.int32))
+        prompt = Prompt(f"p{g}", "", "", rng.integers(2, vocab_size, prompt_tokens or rng.integers(2, 9)).astype(np.int32))
         completions = []
         for i in range(len(values)):
             n = int(rng.integers(1, MAX_TOKENS + 1))

@@ -1,11 +1,10 @@
 """Tiny random policies for tests, saved as transformers saves any policy: configuration, safetensors, tokenizer.
 
 They are as small as the kernels allow: widths are multiples of 128 (block FP8 needs it), head size 32, and what DeepSeek-V3 needs
-on vLLM's CPU backend (`kv_lora_rank` 512 with 64 rotary dimensions, a yarn rope, `topk_method` in the configuration). The standard
-deviation of the weights is large, so that log-probs differ between tokens and experts and a wrong expert shows.
+on vLLM's CPU backend (`kv_lora_rank` 512 with 64 rotary dimensions, a yarn rope). The standard deviation of the weights is large,
+so that log-probs differ between tokens and experts and a wrong expert shows.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -115,12 +114,7 @@ def tiny_deepseek_v3(path: Path, *, seed: int, vocab_size: int = 64, layers: int
         pad_token_id=PAD,
         eos_token_id=EOS,
     )
-    _save(DeepseekV3ForCausalLM, config, path, seed, dtype)
-    saved = json.loads((path / "config.json").read_text())
-    # transformers does not write it, and vLLM then drops the router's correction bias.
-    saved["topk_method"] = "noaux_tc"
-    (path / "config.json").write_text(json.dumps(saved, indent=2))
-    return path
+    return _save(DeepseekV3ForCausalLM, config, path, seed, dtype)
 
 
 def _save(

@@ -67,7 +67,7 @@ def preload() -> None:
 
 
 class VllmEngine:
-    """Implements `rl.engines.base.Engine`. `start` of several engines may run in threads side by side; after a death it starts a new process."""
+    """Implements `rl.engines.base.Engine`. Several may `start` side by side, in threads; a dead one may `start` again."""
 
     whole_groups = False
 
@@ -139,7 +139,7 @@ class VllmEngine:
     @property
     def pid(self) -> int:
         """Of the engine's process."""
-        return self._alive().process.pid
+        return self._alive().pid
 
     def _alive(self) -> "_Link":
         if self._link is None:
@@ -170,6 +170,8 @@ class _Link:
         self.process = context.Process(target=_serve, args=(other_end, spec), name=spec.name)
         with _forking:
             self.process.start()
+        assert self.process.pid is not None
+        self.pid = self.process.pid
         other_end.close()
         # It is no daemon, which could have no processes of its own; and multiprocessing waits at exit for one that is none.
         atexit.register(self.close)
@@ -184,8 +186,8 @@ class _Link:
         answer: Future[Any] = Future()
         with self.lock:
             self.calls += 1
-            self._send(Call(self.calls, method, args))
             self.waiting[self.calls] = answer
+            self._send(Call(self.calls, method, args))
         return answer
 
     def close(self) -> None:
@@ -208,9 +210,8 @@ class _Link:
                     case Completion() as completion:
                         self.mailbox.put(Finished(self.spec.name, completion))
                     case Answer(number, value):
-                        with self.lock:
-                            answer = self.waiting.pop(number)
-                        answer.set_result(value)
+                        # Without the lock: a sender may hold it until the engine reads, and the engine until this reads.
+                        self.waiting.pop(number).set_result(value)
                     case Ready():
                         self.ready.set_result(None)
                     case Failed(said):
@@ -238,7 +239,7 @@ class _Link:
         """Ends the process and all it started: it leads a session of its own, unless it is too young to."""
         for kill in (os.killpg, os.kill):
             with suppress(ProcessLookupError):
-                kill(self.process.pid, signal.SIGKILL)
+                kill(self.pid, signal.SIGKILL)
 
 
 _forking = threading.Lock()

@@ -16,8 +16,8 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 from vllm.config import VllmConfig
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import (
@@ -35,7 +35,6 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
-    WeightTransferUpdatePayload,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
@@ -54,6 +53,7 @@ from vllm.v1.engine.output_processor import OutputProcessor
 
 from data.values import Completion
 from rl.engines.base import Request, TensorSlot, WeightChunk
+from rl.engines.nccl import FanOut
 from rl.engines.server import Failed, Ready, Server
 from rl.engines.vllm import VllmEngine, VllmSpec
 from rl.engines.weights import Exporter, Manifest, read_chunk
@@ -277,6 +277,10 @@ def engine_config(spec: VllmSpec) -> VllmConfig:
         "worker_extension_cls": f"{__name__}.WorkerExtension",
         "weight_transfer_config": WeightTransferConfig(backend=spec.weight_backend),
     }
+    policy = json.loads((spec.policy_path / "config.json").read_text())
+    if policy["model_type"] == "deepseek_v3":
+        # transformers does not save what it takes for granted of DeepSeek-V3; vLLM then routes by another rule, without a word.
+        args["hf_overrides"] = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
     if spec.devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, spec.devices))
         return AsyncEngineArgs(**args).create_engine_config()
@@ -288,7 +292,6 @@ def engine_config(spec: VllmSpec) -> VllmConfig:
     # Even eager vLLM compiles the ranks of log-probs, which nobody reads here: 25 s of C++ compiler, where there is one.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     torch._dynamo.config.disable = True
-    policy = json.loads((spec.policy_path / "config.json").read_text())
     for architecture in policy["architectures"]:
         # vLLM looks at a model class in a subprocess, which imports vllm again, to keep CUDA out of this one.
         ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
@@ -302,7 +305,7 @@ def engine_config(spec: VllmSpec) -> VllmConfig:
 
 
 def kv_cache_bytes(config: VllmConfig) -> int:
-    """Room for every slot at full length as far as KV_CACHE_MAX_bytes goes, at least for one; an explicit size also spares the warm-up."""
+    """Room for every slot at full length as far as KV_CACHE_MAX_bytes goes, at least for one; told, vLLM skips its warm-up."""
     model, parallel = config.model_config, config.parallel_config
     vectors = 1 if model.use_mla else 2 * model.get_num_kv_heads(parallel)
     token_bytes = vectors * model.get_head_size() * model.get_num_layers(parallel) * model.dtype.itemsize
@@ -334,9 +337,7 @@ class FileTransfer(WeightTransferEngine[FileInit, FileUpdate]):
     init_info_cls = FileInit
     update_info_cls = FileUpdate
 
-    def __init__(
-        self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: torch.nn.Module
-    ) -> None:
+    def __init__(self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
         self.kernels: dict[UnquantizedFusedMoEMethod, Any] = {}
         if device.type == "cpu":
@@ -414,36 +415,6 @@ class NcclSender:
         """Collective over ranks, as WeightSync.push."""
         self.fan_out.version = version
         self.sender.send_weights()
-
-
-class FanOut:
-    """vLLM's VLLMWeightSyncClient over all engines at once: each call returns when every engine has."""
-
-    def __init__(self, engines: Sequence[VllmEngine]) -> None:
-        self.engines = engines
-        self.workers = sum(engine.spec.tensor_parallel for engine in engines)
-        self.version = 0
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        offsets = [init_info["rank_offset"]]
-        for engine in self.engines:
-            offsets.append(offsets[-1] + engine.spec.tensor_parallel)
-        infos = [{"init_info": {**init_info, "rank_offset": offset}} for offset in offsets[:-1]]
-        self.each(lambda engine, info: engine.transfer("init_weight_transfer_engine", info), infos)
-
-    def start_weight_update(self) -> None:
-        self.each(lambda engine, version: engine.begin_update(version), [self.version] * len(self.engines))
-
-    def update_weights(self, update_info: WeightTransferUpdatePayload) -> None:
-        infos = [{"update_info": update_info}] * len(self.engines)
-        self.each(lambda engine, info: engine.transfer("update_weights", info), infos)
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self.each(lambda engine, _: engine.end_update(), self.engines)
-
-    def each(self, call: Callable[[VllmEngine, Any], None], values: Sequence[Any]) -> None:
-        with ThreadPoolExecutor(len(self.engines)) as threads:
-            list(threads.map(call, self.engines, values))
 
 
 class ExportSource(WeightSource):

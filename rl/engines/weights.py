@@ -89,8 +89,9 @@ def read_manifest(policy: Path, *, dtype: str | None = None) -> dict[str, Tensor
         for name, entry in header.items():
             if name != "__metadata__":
                 saved = DTYPES[entry["dtype"]]
-                cast = dtype is not None and saved in ("float32", "bfloat16", "float16")
-                manifest[name] = TensorSpec(dtype if cast else saved, tuple(entry["shape"]))
+                if dtype is not None and saved in ("float32", "bfloat16", "float16"):
+                    saved = dtype
+                manifest[name] = TensorSpec(saved, tuple(entry["shape"]))
     return manifest
 
 
@@ -158,7 +159,9 @@ class WeightFile:
     def _check(self, name: str, tensor: torch.Tensor, missing: Mapping[str, None]) -> None:
         slot = self.slots.get(name)
         if slot is None:
-            raise WeightMismatch(f"weight update: {name} is not in the policy's checkpoint; export checkpoint names, each expert apart")
+            raise WeightMismatch(
+                f"weight update: {name} is not in the policy's checkpoint; export checkpoint names, each expert apart"
+            )
         if name not in missing:
             raise WeightMismatch(f"weight update: {name} came twice; export every tensor once")
         if tuple(tensor.shape) != slot.shape:
@@ -187,7 +190,7 @@ def _view(mapped: mmap.mmap, slot: TensorSlot, offset: int) -> torch.Tensor:
 
 
 def _anonymous_file(size_bytes: int) -> int:
-    """A descriptor of an unlinked file with this much memory behind it: of /dev/shm where it has room, else of the temporary folder."""
+    """A descriptor of an unlinked file with this much memory behind it: of /dev/shm, or of the temporary folder."""
     folders = ["/dev/shm", tempfile.gettempdir()]
     free = {folder: shutil.disk_usage(folder).free for folder in folders if os.path.isdir(folder)}
     for folder, free_bytes in free.items():

@@ -15,8 +15,8 @@ def group() -> Group:
     prompt = Prompt("p-1", "1+1=", "1+1=", np.array([5, 6], np.int32))
     completions = tuple(
         Completion(
-            "p-1", "run/p-1/2", index, 2, 2**62 + index, np.arange(3, dtype=np.int32), np.ones(3, np.uint8), np.zeros(3, np.float32),
-            np.array([4, 4, 5], np.int32), "stop", "hf-0",
+            "p-1", "run/p-1/2", index, 2, 2**62 + index, np.arange(3, dtype=np.int32), np.ones(3, np.uint8),
+            np.zeros(3, np.float32), np.array([4, 4, 5], np.int32), "stop", "hf-0",
         )
         for index in range(2)
     )  # fmt: skip
@@ -31,8 +31,8 @@ def test_a_file_holds_a_row_for_each_completion(tmp_path):
     assert json.loads(first.pop("parts")) == {"math_answer": 1.0, "brevity": None}
     assert first == {
         "step": 7, "prompt_id": "p-1", "group_id": "run/p-1/2", "index": 0, "attempt": 2, "seed": 2**62, "prompt": "1+1=",
-        "completion": "2", "tokens": 3, "finish_reason": "stop", "engine": "hf-0", "version_min": 4, "version_max": 5, "reward": 1.0,
-        "status": "ok", "detail": "", "advantage": 0.5,
+        "completion": "2", "tokens": 3, "finish_reason": "stop", "engine": "hf-0", "version_min": 4, "version_max": 5,
+        "reward": 1.0, "status": "ok", "detail": "", "advantage": 0.5,
     }  # fmt: skip
     assert (second["completion"], second["reward"], second["status"], second["advantage"]) == ("３", None, "timeout", None)
 

@@ -27,6 +27,7 @@ from rl.engines.weights import read_manifest
 from rl.sync import WeightSync
 
 logging.disable_progress_bar()
+SHORT = Sampling(24)
 PROMPTS = [[2, 3, 4], [5, 6, 7, 8, 9, 10], [11], [12, 13] * 70]
 
 
@@ -50,18 +51,22 @@ class Bench:
         self.engine.start(self.mailbox)
 
     def submit(self, sampling: Sampling, indices: range = range(16), group: str = "g") -> list[Request]:
-        requests = [
-            Request("p", group, 0, i, 1000 + i, np.array(PROMPTS[i % len(PROMPTS)], np.int32), sampling) for i in indices
-        ]
+        requests = [Request("p", group, 0, i, 1000 + i, np.array(PROMPTS[i % len(PROMPTS)], np.int32), sampling) for i in indices]
         self.engine.submit(requests)
         return requests
+
+    def wait_for(self, tokens: int) -> None:
+        """Until this many more tokens are sampled."""
+        wanted = self.engine.health().tokens + tokens
+        while self.engine.health().tokens < wanted:
+            time.sleep(0.005)
 
     def collect(self, count: int) -> list[Completion]:
         events = [self.mailbox.get(timeout=30) for _ in range(count)]
         assert all(isinstance(event, Finished) for event in events), events
         return sorted((event.completion for event in events), key=lambda completion: completion.index)
 
-    def sample(self, sampling: Sampling = Sampling(24), indices: range = range(16)) -> list[Completion]:
+    def sample(self, sampling: Sampling = SHORT, indices: range = range(16)) -> list[Completion]:
         return self.collect(len(self.submit(sampling, indices)))
 
     def close(self) -> None:
@@ -193,7 +198,7 @@ def test_a_completion_says_how_it_ended_and_keeps_the_tokens_that_ended_it(first
 def test_an_aborted_request_gives_back_what_it_has(first: Bench) -> None:
     whole = {c.index: c for c in first.sample(Sampling(300), range(20))}
     requests = first.submit(Sampling(300), range(20))
-    time.sleep(0.1)
+    first.wait_for(200)
     first.engine.abort([requests[19].id, requests[3].id, "unknown#0"])
     completions = first.collect(20)
     aborted = [c for c in completions if c.finish_reason == "abort"]
@@ -207,7 +212,7 @@ def test_an_aborted_request_gives_back_what_it_has(first: Bench) -> None:
 def test_paused_nothing_is_sampled_and_resumed_nothing_is_lost(first: Bench) -> None:
     undisturbed = first.sample(Sampling(200))
     first.submit(Sampling(200))
-    time.sleep(0.05)
+    first.wait_for(100)
     first.engine.pause()
     tokens = first.engine.health().tokens
     first.submit(Sampling(8), range(16, 18))
@@ -220,7 +225,7 @@ def test_paused_nothing_is_sampled_and_resumed_nothing_is_lost(first: Bench) -> 
 
 def test_an_update_in_flight_changes_weights_between_two_tokens(first: Bench, folder: Path) -> None:
     first.submit(Sampling(200))
-    time.sleep(0.1)
+    first.wait_for(200)
     first.engine.pause()
     first.sync.push(Checkpoint(folder / "moe1"), version=2)
     first.engine.resume()
@@ -239,7 +244,7 @@ def test_an_update_in_flight_changes_weights_between_two_tokens(first: Bench, fo
 def test_an_update_in_flight_to_the_same_weights_changes_no_completion(first: Bench, folder: Path) -> None:
     undisturbed = first.sample(Sampling(200))
     first.submit(Sampling(200))
-    time.sleep(0.1)
+    first.wait_for(200)
     first.engine.pause()
     first.sync.push(Checkpoint(folder / "moe0"), version=2)
     first.engine.resume()

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.arithmetic import demonstrations
-from data.recipe import parse
+from data.recipe import InputError, parse
 from sft.config import SftRecipe
 from sft.trainer import load_policy, train
 
@@ -28,11 +28,11 @@ INIT = {
 ROWS = demonstrations({"carry_error": 0.3}, 64, seed=0)
 
 
-def recipe(**sft) -> SftRecipe:
+def recipe(precision="fp32", **sft) -> SftRecipe:
     return parse(
         {
             "run": {"name": "tiny", "seed": 7},
-            "policy": {"init": INIT, "tokenizer": "characters"},
+            "policy": {"init": INIT, "tokenizer": "characters", "precision": precision},
             "data": {"task": "arithmetic"},
             "sft": {"steps": 4, "batch_size": 16, "lr": 1e-2, **sft},
         },
@@ -44,14 +44,14 @@ def recipe(**sft) -> SftRecipe:
 def run(folder, rows=ROWS, **sft):
     """Trains a tiny policy; returns it as it is in memory, with the rows of metrics.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = load_policy(recipe(**sft).policy, seed=7)
+    model, tokenizer = load_policy(recipe(**sft))
     train(recipe(**sft), (model, tokenizer), rows, folder)
     return model.eval(), [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def nll(rows) -> float:
     """Mean over completion tokens, <eos> included, under the untrained policy: each row alone, without padding."""
-    model, tokenizer = load_policy(recipe().policy, seed=7)
+    model, tokenizer = load_policy(recipe())
     losses = []
     for row in rows:
         prompt = tokenizer(row["prompt"])["input_ids"]
@@ -64,7 +64,7 @@ def nll(rows) -> float:
 
 def test_what_is_saved_and_loaded_is_what_was_trained_experts_included(tmp_path):
     trained, _ = run(tmp_path)
-    begun, _ = load_policy(recipe().policy, seed=7)
+    begun, _ = load_policy(recipe())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
 
     assert loaded.state_dict().keys() == trained.state_dict().keys()
@@ -130,3 +130,17 @@ def test_chats_are_trained_through_the_chat_template(tmp_path):
         {"prompt": f"user: 2+{n}?\nassistant: ", "completion": str(2 + n)} for n in (2, 3)
     ]  # fmt: skip
     assert metrics[0]["loss"] == pytest.approx(nll(as_text), abs=1e-5)
+
+
+def test_bf16_computes_in_bf16_and_keeps_fp32_weights(tmp_path):
+    model, metrics = run(tmp_path, rows=ROWS[:16], steps=1, precision="bf16")
+    assert metrics[0]["loss"] == pytest.approx(nll(ROWS[:16]), rel=1e-2)
+    assert metrics[0]["loss"] != pytest.approx(nll(ROWS[:16]), abs=1e-6)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+
+
+def test_a_dense_policy_has_no_experts_to_balance():
+    dense = recipe(router_aux_loss_coef=0.01).model_dump(mode="json")
+    dense["policy"]["init"] = {"model_type": "qwen3", "num_hidden_layers": 1, "hidden_size": 128}
+    with pytest.raises(InputError, match="Qwen3ForCausalLM has no experts to balance; leave it out"):
+        load_policy(parse(dense, SftRecipe, "test"))
