@@ -14,6 +14,11 @@ from typing import IO
 
 from data.recipe import InputError
 
+
+class InUse(InputError):
+    """Another process writes this journal; the run is that process's, and nothing of it may be touched."""
+
+
 APPLICATION_ID = int.from_bytes(b"Coho", "big")
 FORMAT = 1
 """Raised with every change of SCHEMA; another format is refused."""
@@ -104,7 +109,7 @@ def _create(database: sqlite3.Connection) -> None:
 def lock_for_writing(path: Path) -> IO[str]:
     """Holds `<path>.lock` until the returned file is closed or this process ends, however it ends.
 
-    InputError if another process holds it. A record lock: a child made by fork would inherit an flock and outlive us with it.
+    InUse if another process holds it. A record lock: a child made by fork would inherit an flock and outlive us with it.
     """
     lock = open(path.with_name(path.name + ".lock"), "a+", encoding="utf-8")
     try:
@@ -113,7 +118,7 @@ def lock_for_writing(path: Path) -> IO[str]:
         lock.seek(0)
         holder = lock.read().strip() or "another process"
         lock.close()
-        raise InputError(f"{path}: in use by {holder}; wait for it or stop it, or choose another run.name") from None
+        raise InUse(f"{path}: in use by {holder}; wait for it or stop it, or choose another run.name") from None
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")
     lock.flush()

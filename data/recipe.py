@@ -145,8 +145,9 @@ def _apply(root: dict[str, Any], override: str, origin: dict[Place, str]) -> Non
         raise InputError(f"{source}: the value is not valid YAML: {' '.join(str(error).split())}") from None
     place: Place = tuple(int(part) if part.isdigit() else part for part in re.findall(r"\w+", key))
     here: Any = root
-    for part, after in zip(place[:-1], place[1:], strict=True):
+    for depth, (part, after) in enumerate(zip(place[:-1], place[1:], strict=True), start=1):
         here = _step(here, part, source, {} if isinstance(after, str) else None)
+        origin.setdefault(place[:depth], source)  # a section that only the override has
     last = place[-1]
     _step(here, last, source, value)
     here[last] = value

@@ -14,6 +14,8 @@ from rewards.text import answer_text
 
 _MARKERS = re.compile(r"####|\b(?i:answer)\W{0,3}:|(?<![\w&])A:")
 
+_BOX = re.compile(r"\\f?box(?:ed)?(?:\s*\{|\s+(?P<word>[^\s{}$]+))")
+
 
 def find_answer(text: str, prompt_text: str = "") -> str | None:
     """The answer that a completion gives; None if it gives none."""
@@ -34,25 +36,35 @@ def find_answer(text: str, prompt_text: str = "") -> str | None:
     return after if exact(plain(after)) is not None else None
 
 
-def find_gold(columns: Mapping[str, Any]) -> str | None:
-    """The gold answer of a row: column `answer`, then `solution`; from `####` on, else the last box, else all of it."""
+def find_golds(columns: Mapping[str, Any]) -> list[str]:
+    """The gold answers of a row, each of which is right: column `answer`, then `solution`; none if there is none, or an empty one.
+
+    A list holds several. Of a text, what stands from `####` on, else in the last box, else all of it. ValueError for other types.
+    """
     for name in ("answer", "solution"):
-        gold = columns.get(name)
-        if gold is None:
+        golds = columns.get(name)
+        if golds is None:
             continue
-        if not isinstance(gold, str | int | float):
-            raise ValueError(f"column '{name}' holds {gold!r}; a gold answer is text or a number")
-        text = str(gold)
-        _, marker, after = text.rpartition("####")
-        return after if marker else last_box(text) or text
-    return None
+        texts = [_gold(name, gold) for gold in (golds if isinstance(golds, list | tuple) else [golds])]
+        return [text for text in texts if text.strip()]
+    return []
+
+
+def _gold(name: str, gold: Any) -> str:
+    if not isinstance(gold, str | int | float):
+        raise ValueError(f"column '{name}' holds {gold!r}; a gold answer is text or a number, or a list of such answers")
+    text = str(gold)
+    _, marker, after = text.rpartition("####")
+    return after if marker else last_box(text) or text
 
 
 def last_box(text: str) -> str | None:
-    """What the last `\\boxed{…}` (or `\\fbox{…}`) of a text holds, with balanced braces."""
-    found = list(re.finditer(r"\\f?box(?:ed)?\s*\{", text))
+    """What the last `\\boxed{…}` (or `\\fbox{…}`) of a text holds, with balanced braces; of `\\boxed 5`, the next word."""
+    found = list(_BOX.finditer(text))
     if not found:
         return None
+    if found[-1]["word"]:
+        return found[-1]["word"]
     depth, start = 1, found[-1].end()
     for place in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[place], 0)

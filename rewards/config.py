@@ -1,14 +1,15 @@
 """The `rewards` section of a recipe. Every name in it is checked when the recipe is read, before anything heavy is imported.
 
 A part is a reward function with its weight; a gate (`requires`) is one that must pass for a part to count. Functions come from the
-registry or from plugins. What the format names and this version lacks is refused by name, never ignored.
+registry or from plugins; one function may stand twice, with different options, under an `alias`. What the format names and this
+version lacks is refused by name, never ignored.
 """
 
 import difflib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
 from data.recipe import Place, Section, nearest
@@ -18,11 +19,7 @@ from rewards.registry import BUILTINS, LATER
 _LATER = "is a name of the recipe format, but this version does not have it yet"
 
 
-def refuse_later(value: Any, info: ValidationInfo) -> Any:
-    """Refuses a key of the recipe format whose work this version does not have."""
-    if value is not None:
-        raise ValueError(f"'{info.field_name}' {_LATER}")
-    return value
+Bound = float | None
 
 
 class PartConfig(Section):
@@ -38,13 +35,35 @@ class PartConfig(Section):
     """Keyword arguments for the function, beside the columns; they win over a column of the same name."""
     env: list[str] = []
     """Environment variables that the function may see (an API key, say), by name; it sees no others but PATH, HOME and the like."""
-    clip: Any = None
-    """Reserved: bounds of the part's value."""
+    alias: str | None = None
+    """What the part is called in logs, gates and routes, where its function stands more than once; null: the function's name."""
+    at_once: int = Field(8, ge=1)
+    """Calls of an async function, each of one group, that run at once; a function that is not async has its worker alone."""
+    clip: tuple[Bound, Bound] | None = None
+    """Lower and upper bound of the part's value in the sum, either may be null; what is logged is the value itself."""
 
-    @field_validator("clip", mode="before")
-    @classmethod
-    def _reserved(cls, value: Any, info: ValidationInfo) -> Any:
-        return refuse_later(value, info)
+    @property
+    def key(self) -> str:
+        """What the part is called."""
+        return self.alias or self.name
+
+
+class ShadowConfig(PartConfig):
+    weight: Literal[0] = 0
+    """A shadow is never trained on."""
+    requires: None = None
+    """A shadow stands for itself."""
+
+
+class RouteConfig(Section):
+    column: str
+    """The column of a row that chooses its parts."""
+    parts: dict[str, list[str]] = Field(min_length=1)
+    """By value of the column: the parts (by alias or name) that judge such a row. A part that stands in no list judges all rows."""
+
+    def routed(self) -> set[str]:
+        """The parts that judge some rows only."""
+        return {name for names in self.parts.values() for name in names}
 
 
 class RewardsConfig(Section):
@@ -58,17 +77,14 @@ class RewardsConfig(Section):
     """Processes for the functions that come with Cohort, and as many for each plugin source; null: the CPUs, at most 4."""
     memory_mb: int = Field(4096, ge=0)
     """Memory that a worker process may take, in MiB, beyond which it gets a MemoryError (Linux); 0: no limit."""
-    normalize: Any = None
-    """Reserved: normalisation of each part within its group before summing."""
-    route: Any = None
-    """Reserved: parts chosen by a column."""
-    shadow: Any = None
-    """Reserved: a reward that is scored and logged, never trained on."""
-
-    @field_validator("normalize", "route", "shadow", mode="before")
-    @classmethod
-    def _reserved(cls, value: Any, info: ValidationInfo) -> Any:
-        return refuse_later(value, info)
+    normalize: Literal["none", "group"] = "none"
+    """`group`: each part, after clip and gate, becomes (value - mean) / (std + 1e-4) within its group before the weighted sum, so
+    that no part drowns another (GDPO, arXiv:2601.05242); the Score then compares siblings and says nothing by itself."""
+    route: RouteConfig | None = None
+    """Parts chosen by a column, as DeepSeek-V3 judges different domains by different rewards; null: all parts judge all rows."""
+    shadow: list[ShadowConfig] = []
+    """Rewards that are scored and logged, and never trained on; where one parts ways with the reward, the reward is being gamed.
+    A shadow that fails fails no Score."""
 
     @model_validator(mode="after")
     def _names(self) -> "RewardsConfig":
@@ -81,15 +97,30 @@ class RewardsConfig(Section):
         return self
 
     def functions(self) -> dict[str, Plugin]:
-        """Where each reward function of the recipe lives, parts first, then gates, by name."""
+        """Where each reward function of the recipe lives, by key: parts first, then shadows, then gates that are neither."""
         known = {name: Plugin(name, builtin.module, name) for name, builtin in BUILTINS.items()}
         known |= {plugin.name: plugin for plugin in map(find_plugin, self.plugins)}
-        names = [part.name for part in self.parts] + [part.requires for part in self.parts if part.requires]
-        return {name: known[name] for name in names}
+        keys = {part.key: part.name for part in [*self.parts, *self.shadow]}
+        return {key: known[name] for key, name in (keys | {gate: keys.get(gate, gate) for gate in self._gates()}).items()}
 
-    def part(self, name: str) -> PartConfig:
+    def part(self, key: str) -> PartConfig:
         """How a function is called; a gate that is no part is called with the defaults."""
-        return next((part for part in self.parts if part.name == name), PartConfig(name=name))
+        return next((part for part in [*self.parts, *self.shadow] if part.key == key), PartConfig(name=key))
+
+    def parts_for(self, columns: Mapping[str, Any]) -> list[PartConfig]:
+        """The parts that judge a row; ValueError if its route is none of the recipe's."""
+        if self.route is None:
+            return self.parts
+        value = columns.get(self.route.column)
+        chosen = self.route.parts.get(str(value))
+        if value is None or chosen is None:
+            known = ", ".join(self.route.parts)
+            raise ValueError(f"rewards.route: a row has {self.route.column} = {value!r:.60}, and routes are known for {known}")
+        others = self.route.routed() - set(chosen)
+        return [part for part in self.parts if part.key not in others]
+
+    def _gates(self) -> list[str]:
+        return [part.requires for part in self.parts if part.requires]
 
     def _mistakes(self) -> Iterator[tuple[Place, Any, str]]:
         known = set(BUILTINS)
@@ -104,22 +135,52 @@ class RewardsConfig(Section):
                 yield ("plugins", index), text, f"the name '{name}' {taken}; give the function another"
             known.add(name)
         seen: set[str] = set()
-        for index, part in enumerate(self.parts):
-            for key, value in (("name", part.name), ("requires", part.requires)):
-                if value is not None and value not in known:
-                    yield ("parts", index, key), value, _unknown(value, known)
-            if part.name in seen:
-                yield ("parts", index, "name"), part.name, f"'{part.name}' stands twice; a part is scored once"
-            seen.add(part.name)
-            if part.requires == part.name:
-                yield ("parts", index, "requires"), part.name, f"'{part.name}' cannot be its own gate"
-            if part.name in BUILTINS:
-                allowed = BUILTINS[part.name].options
-                for option in sorted(set(part.options) - set(allowed)):
-                    message = f"{part.name} has no option '{option}'{nearest(option, allowed)}"
-                    yield ("parts", index, "options", option), option, message
+        keys = {part.key for part in self.parts}
+        for place, part in self._places():
+            if part.name not in known:
+                yield (*place, "name"), part.name, _unknown(part.name, known)
+            if part.requires is not None and part.requires not in known | keys:
+                yield (*place, "requires"), part.requires, _unknown(part.requires, known | keys)
+            if part.key in seen:
+                message = f"'{part.key}' stands twice; a part is scored once, or give one an alias"
+                yield (*place, "name"), part.name, message
+            if part.alias in known:
+                yield (*place, "alias"), part.alias, f"'{part.alias}' is a reward function; choose another alias"
+            seen.add(part.key)
+            if part.requires == part.key:
+                yield (*place, "requires"), part.requires, f"'{part.key}' cannot be its own gate"
+            if part.clip and None not in part.clip and part.clip[0] > part.clip[1]:  # type: ignore[operator]
+                yield (*place, "clip"), part.clip, f"the lower bound {part.clip[0]:g} is above the upper bound {part.clip[1]:g}"
+            yield from _options(place, part)
+        yield from self._route_mistakes(keys)
         if not any(part.weight for part in self.parts):
             yield ("parts",), 0, "every part has weight 0, so nothing would be judged"
+
+    def _places(self) -> Iterator[tuple[Place, PartConfig]]:
+        for index, part in enumerate(self.parts):
+            yield ("parts", index), part
+        for index, shadow in enumerate(self.shadow):
+            yield ("shadow", index), shadow
+
+    def _route_mistakes(self, keys: set[str]) -> Iterator[tuple[Place, Any, str]]:
+        for value, names in self.route.parts.items() if self.route else ():
+            for index, name in enumerate(names):
+                if name not in keys:
+                    message = f"no part is called '{name}'{nearest(name, sorted(keys))}"
+                    yield ("route", "parts", value, index), name, message
+            row = {self.route.column: value}  # type: ignore[union-attr]
+            if not any(part.weight for part in self.parts_for(row)):
+                yield ("route", "parts", value), names, "no part with a weight would judge these rows"
+
+
+def _options(place: Place, part: PartConfig) -> Iterator[tuple[Place, Any, str]]:
+    if part.name not in BUILTINS:
+        return
+    builtin = BUILTINS[part.name]
+    for option in sorted(set(part.options) - set(builtin.options)):
+        yield (*place, "options", option), option, f"{part.name} has no option '{option}'{nearest(option, builtin.options)}"
+    for option in sorted(set(builtin.required) - set(part.options)):
+        yield (*place, "options"), part.options, f"{part.name} needs the option '{option}'"
 
 
 def _unknown(name: str, known: set[str]) -> str:

@@ -2,8 +2,10 @@
 
 Plugins of one file or module share processes and state, as they would in trl; two sources never do, so a plugin that breaks its
 process breaks no other function, and no builtin one. A lane starts with one process and takes more, up to its limit, while calls
-wait. Each call has a time limit, from when its worker can begin it; a worker that does not answer in time, dies or writes what is
-no reply is killed, its call fails, and another takes its place. All of it runs in the scorer's thread and never blocks.
+wait. A worker takes one call at a time; calls of async functions run beside it, `at_once` of each function at most. Each call has a
+time limit, from when its worker can begin it; a worker that does not answer in time, dies or writes what is no reply is killed, its
+call fails, and another takes its place. Of several calls that ran when a worker died none is blamed: each is asked again alone. All
+of it runs in the scorer's thread and never blocks.
 """
 
 import json
@@ -25,6 +27,8 @@ LOAD_TIMEOUT_S = 120.0
 PREFETCH = 16
 """Calls that a worker may have at hand while they are quick: a round trip on a busy machine takes longer than such a call."""
 QUICK_S = 0.005
+DETAIL = "detail"
+"""What a function logs by `log_extra` under this name becomes the detail of the Score, not a column."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Call:
     """Places of its completions in the group."""
     line: bytes
     timeout_s: float
+    at_once: int = 1
 
 
 @dataclass(frozen=True)
@@ -57,16 +62,19 @@ class Answer:
 
 @dataclass
 class _Work:
-    """What a worker has to do, in this order; it replies in the same order."""
+    """What a worker has to do."""
 
     calls: deque[Call | None]
-    """None stands for the import of its functions."""
+    """One after another, in this order; it replies in the same order. None stands for the import of its functions."""
     began: float
     """When it could begin the first of them, by `time.monotonic`."""
+    beside: dict[int, tuple[Call, float]] = field(default_factory=dict)
+    """Calls of async functions that run now, by id, each with when it was sent."""
 
-    @property
-    def limit_s(self) -> float:
-        return self.calls[0].timeout_s if self.calls[0] else LOAD_TIMEOUT_S
+    def running(self) -> list[tuple[Call | None, float, float]]:
+        """What it is at now: the call, when it began, and its limit in seconds."""
+        first = [(call, self.began, call.timeout_s if call else LOAD_TIMEOUT_S) for call in list(self.calls)[:1]]
+        return first + [(call, began, call.timeout_s) for call, began in self.beside.values()]
 
 
 class Lane:
@@ -89,7 +97,9 @@ class Lane:
         """Why its functions cannot be imported."""
         self.named: dict[str, list[str]] = {}
         """Arguments that each function names."""
-        self.queue: deque[Call] = deque()
+        self._queue: deque[Call] = deque()
+        self._waiting: dict[str, deque[Call]] = {}
+        """Calls of async functions, by function."""
         self._load = json.dumps(load).encode() + b"\n"
         self._env, self._limit, self._log_dir = env, limit, log_dir
         self._selector, self._finish = selector, finish
@@ -97,21 +107,48 @@ class Lane:
         self._pace_s = math.inf
         self._started = 0
 
+    def add(self, call: Call) -> None:
+        """A call that waits for its turn."""
+        self._queue_of(call).append(call)
+
+    def add_first(self, calls: Sequence[Call]) -> None:
+        """Calls that go before all others, in this order."""
+        for call in reversed(calls):
+            self._queue_of(call).appendleft(call)
+
+    def _queue_of(self, call: Call) -> deque[Call]:
+        return self._waiting[call.function] if call.function in self._waiting else self._queue
+
     def pump(self) -> None:
         """Hands waiting calls to workers, and starts a worker if calls still wait."""
-        while self.broken and self.queue:
-            call = self.queue.popleft()
-            self._finish(call, _failure(call, "error", f"{call.function}: {self.broken}", 0.0))
+        for queue in [self._queue, *self._waiting.values()] if self.broken else ():
+            while queue:
+                call = queue.popleft()
+                self._finish(call, _failure(call, "error", f"{call.function}: {self.broken}", 0.0))
         depth = PREFETCH if self._pace_s < QUICK_S else 1
         loaded = [worker for worker, work in self._workers.items() if None not in work.calls]
-        while self.queue and loaded:
+        while self._queue and loaded:
             worker = min(loaded, key=lambda worker: len(self._workers[worker].calls))
-            if len(self._workers[worker].calls) >= depth:
+            work = self._workers[worker]
+            alone = self._is_suspect(self._queue[0])
+            if len(work.calls) >= (1 if alone else depth) or (alone and work.beside) or self._has_suspect(worker):
                 break
-            call = self.queue.popleft()
-            self._send(worker, call, call.line)
-        if self.queue and len(loaded) == len(self._workers) < self._limit:
+            self._send(worker, self._queue.popleft())
+        for function, queue in self._waiting.items():
+            busy = sum(call.function == function for work in self._workers.values() for call, _ in work.beside.values())
+            open_to = [worker for worker in loaded if not self._has_suspect(worker)]
+            while queue and open_to and busy < queue[0].at_once:
+                self._send_beside(min(open_to, key=lambda worker: len(self._workers[worker].beside)), queue.popleft())
+                busy += 1
+        if (self._queue or (any(self._waiting.values()) and not self._workers)) and len(loaded) == len(self._workers) < self._limit:
             self.start_worker()
+
+    def _is_suspect(self, call: Call | None) -> bool:
+        """A call of an async function that has to run alone, as it was at work when a worker died."""
+        return call is not None and call.function in self._waiting
+
+    def _has_suspect(self, worker: WorkerProcess) -> bool:
+        return any(map(self._is_suspect, self._workers[worker].calls))
 
     def start_worker(self) -> None:
         log = self._log_dir / f"rewards-{Path(self.name).stem}-{self._started}.log" if self._log_dir else None
@@ -119,7 +156,7 @@ class Lane:
         worker = WorkerProcess(self._env, log)
         self._workers[worker] = _Work(deque(), 0.0)
         self._selector.register(worker.replies, selectors.EVENT_READ, (self, worker))
-        self._send(worker, None, self._load)
+        self._send(worker, None)
 
     def wake(self, worker: WorkerProcess, fd: int) -> None:
         """Something can be read from, or written to, a worker."""
@@ -141,11 +178,13 @@ class Lane:
             self.wake(worker, worker.replies)
         now = time.monotonic()
         next_s = math.inf
-        for worker, work in [(worker, work) for worker, work in self._workers.items() if work.calls]:
-            left_s = work.began + work.limit_s - now
-            if left_s <= 0:
-                self._lose(worker, "timeout", f"no answer within {work.limit_s:g} s, its process was killed", worker.stack())
-            else:
+        for worker, work in list(self._workers.items()):
+            for call, began, limit_s in work.running():
+                left_s = began + limit_s - now
+                if left_s <= 0:
+                    said = worker.stack()
+                    self._lose(worker, "timeout", f"no answer within {limit_s:g} s, its process was killed", said, (call, began))
+                    break
                 next_s = min(next_s, left_s)
         return next_s
 
@@ -153,11 +192,18 @@ class Lane:
         for worker in self._workers:
             worker.kill()
 
-    def _send(self, worker: WorkerProcess, call: Call | None, line: bytes) -> None:
+    def _send(self, worker: WorkerProcess, call: Call | None) -> None:
         work = self._workers[worker]
         work.calls.append(call)
         if len(work.calls) == 1:
             self._begin(worker)
+        self._write(worker, call.line if call else self._load)
+
+    def _send_beside(self, worker: WorkerProcess, call: Call) -> None:
+        self._workers[worker].beside[call.id] = (call, time.monotonic())
+        self._write(worker, call.line)
+
+    def _write(self, worker: WorkerProcess, line: bytes) -> None:
         if worker.send(line) and worker.requests not in self._selector.get_map():
             self._selector.register(worker.requests, selectors.EVENT_WRITE, (self, worker))
 
@@ -167,12 +213,17 @@ class Lane:
 
     def _take(self, worker: WorkerProcess, reply: dict[str, Any]) -> None:
         work = self._workers[worker]
-        if not work.calls:
-            raise WorkerLost("its process spoke without being asked")
-        call = work.calls[0]
         try:
+            beside = work.beside.pop(reply["id"], None) if "id" in reply else None
+            if beside is not None:
+                self._finish(beside[0], _read(reply, beside[0]))
+                return
+            if not work.calls:
+                raise WorkerLost("its process spoke without being asked")
+            call = work.calls[0]
             answer = _read(reply, call) if call else None
-            self.named = self.named if call or "failed" in reply else dict(reply["named"])
+            if call is None and "failed" not in reply:
+                self._learn(reply)
         except (KeyError, TypeError, ValueError):
             raise WorkerLost("its process wrote what is no reply on the reply pipe") from None
         work.calls.popleft()
@@ -186,21 +237,35 @@ class Lane:
         else:
             self.loaded.set()
 
-    def _lose(self, worker: WorkerProcess, status: str, why: str, said: str) -> None:
+    def _learn(self, reply: dict[str, Any]) -> None:
+        """What a worker says of the functions that it has loaded."""
+        self.named = dict(reply["named"])
+        for function in reply["async"]:
+            self._waiting.setdefault(function, deque())
+
+    def _lose(
+        self, worker: WorkerProcess, status: str, why: str, said: str, overdue: tuple[Call | None, float] | None = None
+    ) -> None:
         """Kills a worker. The call that it was at fails; those that only waited behind it go to another."""
         for fd in (worker.replies, worker.requests):
             if fd in self._selector.get_map():
                 self._selector.unregister(fd)
         work = self._workers.pop(worker)
         worker.kill()
-        if not work.calls:
+        running = [(call, began) for call, began, _ in work.running()]
+        if not running:
             return
-        call = work.calls.popleft()
-        self.queue.extendleft(waiting for waiting in reversed(work.calls) if waiting)
+        blamed = overdue or (running[0] if len(running) == 1 else None)
+        # One after another from now on, so that the next death has one culprit.
+        suspects = [call for call, _ in running if call and (blamed is None or call is not blamed[0])]
+        self._queue.extendleft(reversed([*suspects, *(call for call in list(work.calls)[1:] if call)]))
+        if blamed is None:
+            return
+        call, began = blamed
         if call is None:
             self._break(f"{self.name}: cannot be loaded: {why}{_last_line(said)}")
         else:
-            seconds = time.monotonic() - work.began
+            seconds = time.monotonic() - began
             self._finish(call, _failure(call, status, f"{call.function}: {why}", seconds, said))
 
     def _break(self, why: str) -> None:
@@ -228,14 +293,16 @@ def _read(reply: dict[str, Any], call: Call) -> Answer:
         return _failure(call, "error", said, seconds)
     metrics = [(str(name), float(value)) for name, value in reply["metrics"]]
     extras = {str(name): list(column) for name, column in reply["extras"].items()}
-    return Answer([_outcome(call.function, value) for value in values], False, seconds, "", metrics, extras)
+    details = extras.pop(DETAIL, [""] * len(values))
+    outcomes = [_outcome(call.function, value, str(detail or "")) for value, detail in zip(values, details, strict=True)]
+    return Answer(outcomes, False, seconds, "", metrics, extras)
 
 
-def _outcome(function: str, value: Any) -> Outcome:
+def _outcome(function: str, value: Any, detail: str) -> Outcome:
     if value is None:
-        return Outcome(None, "unscored")
+        return Outcome(None, "unscored", detail)
     if isinstance(value, dict):
         return Outcome(None, "error", f"{function}: returned {value['bad']}, which is no number")
     if not math.isfinite(value):
         return Outcome(None, "error", f"{function}: returned {value}")
-    return Outcome(float(value))
+    return Outcome(float(value), "ok", detail)

@@ -12,6 +12,8 @@ from enum import Enum
 from fractions import Fraction
 from functools import lru_cache
 
+from rewards.number_words import SCALES, number_in_words
+
 LONGEST = 1000
 """Characters; a longer text is not read as a number."""
 
@@ -46,6 +48,9 @@ def compare(answer: str, gold: str) -> Verdict:
     number = exact(answer) or _right_side(answer)
     if number is not None:
         return _compare_numbers(number, gold_number)
+    spoken = number_in_words(answer)
+    if spoken is not None:
+        return _compare_spoken(spoken, answer, gold_number)
     if len(answer) > LONGEST or is_guess(answer) or _says_no_number(answer):
         return Verdict.DIFFERENT
     return Verdict.UNKNOWN
@@ -53,15 +58,33 @@ def compare(answer: str, gold: str) -> Verdict:
 
 def _compare_numbers(number: Number, gold: Number) -> Verdict:
     if number.base != gold.base:
-        return Verdict.DIFFERENT
+        # 11_2 is 3, but a question that wants it in base 2 does not want a 3, and never an 11.
+        return Verdict.UNKNOWN if _in_base_ten(number) == _in_base_ten(gold) else Verdict.DIFFERENT
     same = number.value == gold.value
     if number.unit == gold.unit or not number.unit or not gold.unit:
         # A gold of 50 may mean 50 %; a gold of 0.5 is 50 % all the same.
         same = same or _fraction(number) == _fraction(gold)
         return Verdict.EQUAL if same else Verdict.DIFFERENT
-    # 6 inches is not 6 cm; 60 minutes and 1 hour, 18 apples and 18 fruits cannot be told.
-    measured = {number.unit, gold.unit} <= _MEASURES
-    return Verdict.DIFFERENT if same and measured else Verdict.UNKNOWN
+    # 6 inches is not 6 cm, 18 apples are not 19 fruits; 60 minutes and 1 hour, 18 apples and 18 fruits cannot be told.
+    measured = {number.unit, gold.unit} <= MEASURES
+    return Verdict.DIFFERENT if same == measured else Verdict.UNKNOWN
+
+
+def _compare_spoken(spoken: Fraction, answer: str, gold: Number) -> Verdict:
+    """A number with words in it: `eighteen`, and `1.5 million`, which is right for a gold of 1.5 if it was asked in millions."""
+    if spoken == gold.value and not gold.base:
+        return Verdict.EQUAL
+    scaled = any(character.isdigit() for character in answer) and abs(gold.value) < 1000 and gold.value
+    return Verdict.UNKNOWN if scaled and spoken / gold.value in SCALES else Verdict.DIFFERENT
+
+
+def _in_base_ten(number: Number) -> Fraction | None:
+    if not number.base:
+        return number.value
+    try:
+        return Fraction(int(str(number.value), int(number.base)))
+    except ValueError:
+        return None
 
 
 def _fraction(number: Number) -> Fraction:
@@ -70,10 +93,12 @@ def _fraction(number: Number) -> Fraction:
 
 # --- reading numbers --------------------------------------------------------------------------------------------------
 
-_DIGITS = r"(?:\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)|\d+)"
+_DIGITS = r"(?:[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)|\d+)"
 _NUMBER = re.compile(
     rf"(?P<sign>[-+]?)\s*(?P<currency>[$€£]?)\s*(?P<sign2>[-+]?)"
-    rf"(?:\\frac\{{(?P<top>-?\d+)\}}\{{(?P<bottom>\d+)\}}|(?P<whole>{_DIGITS})?(?P<decimals>\.\d+)?(?:\s*/\s*(?P<over>{_DIGITS}))?)"
+    rf"(?:(?:(?P<mixed>\d+)\s*)?\\frac\{{(?P<top>-?\d+)\}}\{{(?P<bottom>\d+)\}}"
+    r"|(?P<mixed2>\d+)\s+(?P<top2>\d+)\s*/\s*(?P<bottom2>\d+)"
+    rf"|(?P<whole>{_DIGITS})?(?P<decimals>\.\d+)?(?:\s*/\s*(?P<over>{_DIGITS}))?)"
     r"(?:_\{?(?P<base>\d+)\}?)?"
     r"(?:\s*(?P<percent>%)|(?P<unit>\s+[^\W\d_]+(?:[ /-][^\W\d_]+){0,3}|°\s?[CF]?))?"
 )
@@ -83,7 +108,10 @@ _UNIT_NAMES = {
     "g": "gram", "lb": "pound", "oz": "ounce", "l": "liter", "ml": "milliliter", "h": "hour", "hr": "hour", "min": "minute",
     "sec": "second", "s": "second", "percent": "%", "inches": "inch", "centimetre": "centimeter", "metre": "meter",
 }  # fmt: skip
-_MEASURES = frozenset(_UNIT_NAMES.values())
+MEASURES = frozenset(_UNIT_NAMES.values()) - {"%"} | frozenset(
+    "cent penny dime nickel day week month year ton gallon quart pint cup acre radian mph kph".split()
+)
+"""Units that measure: two of them are never one."""
 _NOT_UNITS = frozenset(
     """or and not to from if but either maybe perhaps possibly times plus minus over squared cubed factorial mod choose
     hundred thousand million billion trillion dozen score half third quarter fifth tenth pi""".split()
@@ -100,14 +128,19 @@ def exact(text: str) -> Number | None:
     found = _NUMBER.fullmatch(text)
     if found is None or (found["sign"] and found["sign2"]):
         return None
-    if found["top"] is not None:
-        value, bottom = Fraction(int(found["top"])), int(found["bottom"])
+    top = found["top"] or found["top2"]
+    if top is not None:
+        value, bottom = Fraction(int(top)), int(found["bottom"] or found["bottom2"])
+        mixed = found["mixed"] or found["mixed2"]
+        if mixed and not 0 <= value < bottom:
+            return None
+        value += int(mixed or 0) * bottom
     elif found["whole"] is not None or found["decimals"] is not None:
         value = Fraction(_joined(found["whole"] or "0") + (found["decimals"] or ""))
         bottom = int(_joined(found["over"] or "1"))
     else:
         return None
-    unit = _unit(found["unit"] or "")
+    unit = unit_name(found["unit"] or "")
     if bottom == 0 or unit is None:
         return None
     value = value / bottom * (-1 if "-" in (found["sign"] + found["sign2"]) else 1)
@@ -118,7 +151,7 @@ def _joined(digits: str) -> str:
     return digits.replace(",", "").replace(" ", "")
 
 
-def _unit(text: str) -> str | None:
+def unit_name(text: str) -> str | None:
     """A unit's first word in one spelling; None if the words are no unit."""
     words = re.split(r"[\s/-]+", text.strip().lower())
     if _NOT_UNITS.intersection(words) or _NOT_UNITS.intersection(word.rstrip("s") for word in words):
@@ -164,13 +197,15 @@ def _says_no_number(text: str) -> bool:
 # --- taking off what only dresses a number ----------------------------------------------------------------------------
 
 _REPLACED = (
+    (re.compile(r",\\!\s*|\{,\}"), lambda _: ","),
     (re.compile(r"\\[$%]"), lambda found: found[0][1]),
     (re.compile(r"\\[dt]frac"), lambda _: r"\frac"),
-    (re.compile(r"\\frac\s*(\d)\s*(\d)(?!\d)"), lambda found: rf"\frac{{{found[1]}}}{{{found[2]}}}"),
-    (re.compile(r"\\(?:left|right|[!,;: ])"), lambda _: ""),
-    (re.compile(r"\\(?:text|mathrm|mbox|textbf|mathbf|mathit)\s*\{([^{}]*)\}"), lambda found: f" {found[1]} "),
+    (re.compile(r"\\frac\s*(?:(\d)|\{\s*(-?\d+)\s*\})\s*(?:(\d)|\{\s*(\d+)\s*\})"),
+     lambda found: rf"\frac{{{found[1] or found[2]}}}{{{found[3] or found[4]}}}"),
+    (re.compile(r"(?<!\\)\\(?:left|right|displaystyle|phantom|[!,;: ])"), lambda _: ""),
+    (re.compile(r"~|\\(?:quad|qquad)\b"), lambda _: " "),
+    (re.compile(r"\\(?:text|textnormal|textrm|mathrm|mbox|textbf|mathbf|mathit)\s*\{([^{}]*)\}"), lambda found: f" {found[1]} "),
     (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree"), lambda _: "°"),
-    (re.compile(r"\{,\}"), lambda _: ","),
 )
 _WRAPPERS = (("$$", "$$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("__", "__"), ("`", "`"), ("$", "$"))
 
@@ -191,4 +226,4 @@ def plain(text: str) -> str:
                 text = inside
     for pattern, replacement in _REPLACED:
         text = pattern.sub(replacement, text)
-    return " ".join(text.split())
+    return " ".join(text.split()).rstrip(".:,; ")

@@ -16,6 +16,10 @@ class Builtin:
     """Import path; the function in it has the reward's name."""
     options: tuple[str, ...] = ()
     """Keyword arguments that `parts[i].options` may set."""
+    required: tuple[str, ...] = ()
+    """Options without which it cannot be called."""
+    alone: bool = False
+    """It has worker processes of its own: it loads a model, waits for a server, or starts programs."""
 
 
 BUILTINS = {

@@ -21,8 +21,8 @@ from typing import Any
 
 from data.recipe import InputError
 from data.values import Score
-from rewards.combine import Outcome, combine
-from rewards.config import RewardsConfig
+from rewards.combine import Outcome, combine_group
+from rewards.config import PartConfig, RewardsConfig
 from rewards.job import ScoreJob, request_line
 from rewards.lane import Answer, Call, Lane
 from rewards.plugins import Plugin
@@ -40,6 +40,8 @@ class _Group:
 
     key: Hashable
     job: ScoreJob
+    parts: Sequence[PartConfig]
+    """That judge this row."""
     waiting: int
     """Calls that have not been answered."""
     outcomes: dict[str, list[Outcome]]
@@ -59,6 +61,7 @@ class Scorer:
     def __init__(self, config: RewardsConfig, log_dir: Path | None = None) -> None:
         self._config = config
         self._functions = config.functions()
+        self._shadows = [shadow.key for shadow in config.shadow]
         self._selector = selectors.DefaultSelector()
         self._lanes = self._make_lanes(log_dir)
         self._ids = itertools.count()
@@ -89,9 +92,11 @@ class Scorer:
     def submit(self, key: Hashable, job: ScoreJob) -> None:
         """Asks for the Scores of a group; `poll` gives them with its key. ValueError if a column cannot be handed to a function."""
         number, whole = next(self._ids), range(len(job.completions))
-        calls = [self._call(number, job, name, whole) for name in self._functions]
-        outcomes = {name: [Outcome(None, "unscored")] * len(whole) for name in self._functions}
-        self._inbox.put((number, _Group(key, job, len(calls), outcomes), calls))
+        parts = self._config.parts_for(job.columns)
+        names = list(dict.fromkeys([*(p.key for p in parts), *self._shadows, *(p.requires for p in parts if p.requires)]))
+        calls = [self._call(number, job, name, whole) for name in names]
+        outcomes = {name: [Outcome(None, "unscored")] * len(whole) for name in names}
+        self._inbox.put((number, _Group(key, job, parts, len(calls), outcomes), calls))
         self._pending += 1
         os.write(self._wake_write, b"\0")
 
@@ -131,9 +136,11 @@ class Scorer:
         return means
 
     def explain(self, scores: Sequence[Score]) -> str:
-        """One message for some failed Scores: how many, the function that failed most, what it said, and one traceback."""
+        """One message for Scores without a value: how many failed, the function that failed most, what it said, and one traceback."""
         failed = [score for score in scores if score.status in ("timeout", "error")]
-        assert failed, "nothing failed"
+        if not failed:
+            parts = ", ".join(part.name for part in self._config.parts)
+            return f"none of {len(scores)} completions could be judged by {parts}; do the prompts have the columns that they need?"
         names = Counter(score.detail.partition(":")[0] for score in failed)
         name, count = names.most_common(1)[0]
         detail = next(score.detail for score in failed if score.detail.startswith(f"{name}:"))
@@ -164,7 +171,9 @@ class Scorer:
         """The lane of each function by its name; functions of one source share one."""
         by_source: dict[str, dict[str, Plugin]] = defaultdict(dict)
         for name, function in self._functions.items():
-            by_source["builtin" if name in BUILTINS else function.source][name] = function
+            builtin = BUILTINS.get(function.name)
+            source = function.source if builtin is None else name if builtin.alone else "builtin"
+            by_source[source][name] = function
         limit = self._config.workers or min(4, os.cpu_count() or 1)
         lanes: dict[str, Lane] = {}
         for source, functions in by_source.items():
@@ -183,10 +192,11 @@ class Scorer:
 
     def _call(self, number: int, job: ScoreJob, name: str, indices: Sequence[int]) -> Call:
         # A builtin names what it uses; a plugin gets everything, as from trl.
-        named = self._lanes[name].named[name] if name in BUILTINS else None
+        named = self._lanes[name].named[name] if self._functions[name].name in BUILTINS else None
         call_id = next(self._ids)
         line = request_line(job, call_id, name, indices, named)
-        return Call(call_id, name, number, indices, line, self._config.part(name).timeout_s)
+        part = self._config.part(name)
+        return Call(call_id, name, number, indices, line, part.timeout_s, part.at_once)
 
     def _account(self, group: _Group) -> list[Score]:
         for name, seconds in group.seconds.items():
@@ -198,8 +208,8 @@ class Scorer:
         self._tracebacks |= group.tracebacks
         while len(self._tracebacks) > _TRACEBACKS:
             del self._tracebacks[next(iter(self._tracebacks))]
-        each = ({name: outcomes[i] for name, outcomes in group.outcomes.items()} for i in range(len(group.job.completions)))
-        return [combine(self._config.parts, outcomes) for outcomes in each]
+        each = [{name: outcomes[i] for name, outcomes in group.outcomes.items()} for i in range(len(group.job.completions))]
+        return combine_group(group.parts, each, self._shadows, self._config.normalize == "group")
 
     # --- in the thread ------------------------------------------------------------------------------------------------
 
@@ -237,7 +247,7 @@ class Scorer:
             number, group, calls = submitted
             self._groups[number] = group
             for call in calls:
-                self._lanes[call.function].queue.append(call)
+                self._lanes[call.function].add(call)
         return True
 
     def _answered(self, call: Call, answer: Answer) -> None:
@@ -249,7 +259,7 @@ class Scorer:
         lane = self._lanes[call.function]
         if answer.failed and len(call.indices) > 1 and not lane.broken and "group_ids" not in lane.named[call.function]:
             again = [self._call(call.group, group.job, call.function, [index]) for index in call.indices]
-            lane.queue.extendleft(reversed(again))
+            lane.add_first(again)
             group.waiting += len(again)
             return
         for place, index in enumerate(call.indices):

@@ -2,8 +2,8 @@
 
 Requests come as JSON lines on one private pipe, replies go as JSON lines on another; nothing is pickled, and what a function prints
 goes to the worker's log. A reply carries its request's id. Functions run in the main thread, one call at a time, as math-verify's
-own time limit needs it; async ones run on one event loop that lives as long as the process. The process dies with its trainer, even
-by kill -9 and in the middle of a call.
+own time limit needs it; calls of async ones run beside them and each other, on one event loop in a thread that lives as long as the
+process. The process dies with its trainer, even by kill -9 and in the middle of a call.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable
@@ -34,16 +35,23 @@ def main(trainer: int, requests_fd: int, replies_fd: int) -> None:
     faulthandler.enable()  # a crash in C and a hang (SIGUSR1, from the trainer) leave their stack in the log
     faulthandler.register(signal.SIGUSR1)
     with open(requests_fd, encoding="utf-8") as requests, open(replies_fd, "w", encoding="utf-8") as replies:
+        writing = threading.Lock()
+
+        def send(reply: dict[str, Any]) -> None:
+            line = json.dumps(reply) + "\n"
+            with writing:
+                replies.write(line)
+                replies.flush()
+
         worker: Worker | None = None
         for line in requests:
             request = json.loads(line)
             if worker is None:
                 _limit_memory(request["memory_mb"])
                 worker, reply = _loaded(request["functions"])
+                send(reply)
             else:
-                reply = worker.call(request)
-            replies.write(json.dumps(reply) + "\n")
-            replies.flush()
+                worker.call(request, send)
 
 
 class Worker:
@@ -52,22 +60,48 @@ class Worker:
     def __init__(self, functions: dict[str, Callable[..., Any]], options: dict[str, dict[str, Any]]) -> None:
         self._functions = functions
         self._options = options
-        self._runner = asyncio.Runner()
+        self._loop: asyncio.AbstractEventLoop | None = None
 
-    def call(self, request: dict[str, Any]) -> dict[str, Any]:
-        """One call as a reply: the values, or what the function raised."""
-        name, count = request["function"], len(request["completions"])
-        notes = _Notes(count)
-        began = time.monotonic()
+    def call(self, request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
+        """One call; its reply is the values, or what the function raised. That of an async function is sent when it is done."""
+        name, notes, began = request["function"], _Notes(len(request["completions"])), time.monotonic()
         try:
-            returned = self._functions[name](**_arguments(request, notes), **self._options[name])
-            if inspect.isawaitable(returned):
-                returned = self._runner.run(_finish(returned))
-            values = [_value(item) for item in returned]
+            arguments = {**_arguments(request, notes), **self._options[name]}
+            returned = self._functions[name](**arguments)
+            if not inspect.isawaitable(returned):
+                send(_reply(request, returned, notes, began))
+                return
         except Exception as error:  # noqa: BLE001 - a failure of the function is data: it becomes a failed Score
-            return {"id": request["id"], "error": _raised(error), "traceback": traceback.format_exc(limit=-20)}
-        seconds = time.monotonic() - began
-        return {"id": request["id"], "values": values, "metrics": notes.metrics, "extras": notes.extras, "seconds": seconds}
+            send(_failed(request, error))
+            return
+        asyncio.run_coroutine_threadsafe(_finish(returned, request, notes, began, send), self._running_loop())
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, name="async functions", daemon=True).start()
+        return self._loop
+
+
+async def _finish(
+    returned: Awaitable[Any], request: dict[str, Any], notes: "_Notes", began: float, send: Callable[[dict[str, Any]], None]
+) -> None:
+    try:
+        reply = _reply(request, await returned, notes, began)
+    except Exception as error:  # noqa: BLE001 - as above
+        reply = _failed(request, error)
+    send(reply)
+
+
+def _reply(request: dict[str, Any], returned: Any, notes: "_Notes", began: float) -> dict[str, Any]:
+    values = [_value(item) for item in returned]
+    seconds = time.monotonic() - began
+    return {"id": request["id"], "values": values, "metrics": notes.metrics, "extras": notes.extras, "seconds": seconds}
+
+
+def _failed(request: dict[str, Any], error: Exception) -> dict[str, Any]:
+    trace = "".join(traceback.format_exception(error, limit=-20))
+    return {"id": request["id"], "error": _raised(error), "traceback": trace}
 
 
 class _Notes:
@@ -109,10 +143,6 @@ def _arguments(request: dict[str, Any], notes: _Notes) -> dict[str, Any]:
     }
 
 
-async def _finish(returned: Awaitable[Any]) -> Any:
-    return await returned
-
-
 def _value(item: Any) -> float | dict[str, str] | None:
     """A returned value as JSON can carry it; numbers of numpy and torch are numbers, text is not."""
     if item is None:
@@ -150,7 +180,8 @@ def _loaded(functions: list[dict[str, Any]]) -> tuple[Worker, dict[str, Any]]:
             unfit = f"has no parameter '{option}' for the option of that name"
         if unfit:
             return Worker({}, {}), {"failed": name, "error": unfit, "traceback": ""}
-    return Worker(found, {wanted["name"]: wanted["options"] for wanted in functions}), {"named": named}
+    waiting = [name for name, function in found.items() if inspect.iscoroutinefunction(function)]
+    return Worker(found, {wanted["name"]: wanted["options"] for wanted in functions}), {"named": named, "async": waiting}
 
 
 def _import(source: str, function: str) -> Any:

@@ -14,11 +14,14 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException
 from transformers import PreTrainedTokenizerBase
 
 from data.recipe import InputError
@@ -59,7 +62,9 @@ class Checkpoints:
                 for _ in learner.export():
                     pass
             self.ranks.barrier()
-            dcp.save(_trainer_state(learner, self.ranks), checkpoint_id=aside / "trainer", no_dist=self.ranks.count == 1)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one rank is meant
+                dcp.save(_trainer_state(learner, self.ranks), checkpoint_id=aside / "trainer", no_dist=self.ranks.count == 1)
             if self.ranks.main:
                 (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
                 (aside / "hashes.json").write_text(json.dumps(_hashes(aside), indent=2) + "\n")
@@ -68,9 +73,10 @@ class Checkpoints:
                 os.replace(aside, self.path(step))
                 for old in self.steps()[: -self.keep]:
                     shutil.rmtree(self.path(old))
-        except OSError as error:
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+            full = _is_full(aside.parent, error)
             shutil.rmtree(aside, ignore_errors=True)
-            if error.errno != errno.ENOSPC:
+            if not full:
                 raise
             last = self.steps()[-1:]
             intact = f"the last checkpoint, {self.path(last[0])}, is intact" if last else "there is no checkpoint yet"
@@ -94,7 +100,9 @@ class Checkpoints:
         own = f"rng/{self.ranks.rank}"
         if own not in reader.read_metadata().state_dict_metadata:
             del state[own]  # written by fewer ranks
-        dcp.load(state, storage_reader=reader, no_dist=self.ranks.count == 1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(state, storage_reader=reader, no_dist=self.ranks.count == 1)
         if own in state:
             torch.set_rng_state(state[own])
         return json.loads((self.path(step) / "state.json").read_text())
@@ -116,8 +124,13 @@ def check_room(folder: Path, needed_bytes: int) -> None:
         )
 
 
+def _is_full(folder: Path, error: BaseException) -> bool:
+    """Whether a write failed for want of space. Not every writer passes the system's error on, so the disk is asked as well."""
+    return os.strerror(errno.ENOSPC) in str(error) or (folder.exists() and shutil.disk_usage(folder).free < BLOCK_BYTES)
+
+
 def _trainer_state(learner: Learner, ranks: Ranks) -> dict[str, torch.Tensor]:
-    return {**learner.optim.state_dict(), f"rng/{ranks.rank}": torch.get_rng_state()}
+    return {**learner.state_dict(), f"rng/{ranks.rank}": torch.get_rng_state()}
 
 
 def _files(folder: Path) -> list[Path]:

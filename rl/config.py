@@ -24,6 +24,17 @@ class RunConfig(Section):
     """auto: go on if the folder holds this recipe, print the result again if it is finished; never: refuse a folder in use."""
 
 
+class LoraConfig(Section):
+    rank: int = Field(16, ge=1)
+    """Rank of each update."""
+    alpha: float = Field(32.0, gt=0.0)
+    """The update is scaled by alpha / rank."""
+    targets: str | list[str] = "all-linear"
+    """Modules by the ends of their names, or `all-linear`: all but the output head; peft adds the experts' matrices to these."""
+    parameters: list[str] = []
+    """Further parameters by the ends of their names, such as `mlp.experts.down_proj`."""
+
+
 class PolicyConfig(Section):
     path: str | None = None
     """Folder or hub id with safetensors, config and tokenizer."""
@@ -33,8 +44,8 @@ class PolicyConfig(Section):
     """A model config in JSON, for the sizes of a dry run where the weights are not at hand."""
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
     """Of forward and backward; the optimizer's masters are FP32 in any case."""
-    lora: None = None
-    """Reserved: low-rank adapters through peft."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters and leave the weights as they are; null trains all weights."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward: less memory, about a third more time."""
 
@@ -75,7 +86,7 @@ class RolloutConfig(Section):
     max_resamples: int = Field(3, ge=0)
     """How often in a step a group that could not be scored is asked again."""
     resample_zero_groups: bool = False
-    """Ask again for groups whose rewards are all equal (dynamic sampling, arXiv:2503.14476), within max_resamples."""
+    """Take further prompts for groups whose rewards are all equal (DAPO's dynamic sampling, arXiv:2503.14476), within max_resamples."""
     max_staleness: int = Field(0, ge=0)
     """Versions that a group may be older than the weights it trains; 0 is on-policy."""
     placement: Literal["split", "colocate", "ray"] = "split"
@@ -93,8 +104,6 @@ class RolloutConfig(Section):
             )
         if self.max_staleness > 0:
             raise ValueError(f"max_staleness {self.max_staleness}: this version samples on-policy, with 0")
-        if self.resample_zero_groups:
-            raise ValueError("resample_zero_groups is a name of the recipe format, but this version does not have it yet")
         return self
 
     @field_validator("placement")
@@ -217,6 +226,16 @@ class LogConfig(Section):
     """Write `completions/step-<N>.parquet`, every completion with its scores."""
 
 
+class HardwareConfig(Section):
+    """What a dry run holds the recipe against; a run itself uses what is there."""
+
+    gpus: int = Field(ge=1)
+    """GPUs of a node. Under placement `split` the first node's last `engines * tensor_parallel` are the engines', the rest learn."""
+    gpu_gb: float = Field(gt=0.0)
+    """Memory of one GPU, in 10^9 bytes."""
+    nodes: int = Field(1, ge=1)
+
+
 class TrainRecipe(Section):
     """`rl.train`: GRPO from a policy, prompts and rewards."""
 
@@ -231,3 +250,5 @@ class TrainRecipe(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    hardware: HardwareConfig | None = None
+    """The machine that `--dry-run` estimates for; null: this one."""

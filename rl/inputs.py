@@ -3,12 +3,18 @@
 import importlib.util
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from data.prompt_config import PromptsConfig
 from data.prompt_files import is_hub_id
-from data.prompts import check_prompts
+from data.prompts import PromptSet, check_prompts, read_prompts
 from data.recipe import InputError
 from rl.config import PolicyConfig, TrainRecipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 COLD_START = "accelerate launch -m sft.train recipes/quickstart_sft.yaml makes the quickstart's"
 
@@ -21,6 +27,7 @@ def check_inputs(recipe: TrainRecipe) -> None:
         check_prompts(recipe.eval.prompts)
     check_judge(recipe)
     check_engine(recipe)
+    check_trackers(recipe)
 
 
 def is_local(path: str) -> bool:
@@ -46,13 +53,40 @@ def check_policy(policy: PolicyConfig) -> None:
         raise InputError(f"policy.path: '{folder}' has no tokenizer; save it there with tokenizer.save_pretrained")
 
 
+def config_file(policy: PolicyConfig) -> Path | None:
+    """The config that says how large the policy is: its folder's, else `policy.config`; None where neither is at hand."""
+    named = [Path(policy.path or "") / "config.json", *([Path(policy.config)] if policy.config else [])]
+    return next((path for path in named if path.is_file()), None)
+
+
 def context_length(policy: PolicyConfig) -> int | None:
     """Longest input of the policy in tokens by its config, where that is at hand."""
-    path = policy.config or os.path.join(policy.path or "", "config.json")
-    if not os.path.isfile(path):
-        return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file).get("max_position_embeddings")
+    path = config_file(policy)
+    return json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings") if path else None
+
+
+def longest_completion(recipe: TrainRecipe) -> int:
+    """Tokens, in training or evaluation."""
+    return max(recipe.rollout.max_tokens, recipe.eval.max_tokens or 0)
+
+
+def prompt_room(recipe: TrainRecipe) -> int | None:
+    """Tokens that a prompt may take of the context; None is no limit. InputError if completions leave nothing."""
+    context = recipe.rollout.max_model_len or context_length(recipe.policy)
+    answer = longest_completion(recipe)
+    if context is not None and answer >= context:
+        raise InputError(f"rollout.max_tokens: {answer} leaves no room for a prompt in a context of {context} tokens")
+    return None if context is None else context - answer
+
+
+def read_prompt_sets(
+    recipe: TrainRecipe, configs: Sequence[PromptsConfig], tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[list[PromptSet], int]:
+    """Prompts of each source, and the longest prompt and completion together in tokens: what engines are built for."""
+    room = prompt_room(recipe)
+    sets = [read_prompts(config, tokenizer, room) for config in configs]
+    longest = max(len(prompt.token_ids) for read in sets for prompt in read.prompts)
+    return sets, recipe.rollout.max_model_len or longest + longest_completion(recipe)
 
 
 def check_judge(recipe: TrainRecipe) -> None:
@@ -64,6 +98,12 @@ def check_judge(recipe: TrainRecipe) -> None:
 def judge_of(recipe: TrainRecipe) -> str:
     """The part that says whether a completion is right."""
     return recipe.eval.reward or recipe.rewards.parts[0].name
+
+
+def check_trackers(recipe: TrainRecipe) -> None:
+    for name in recipe.log.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"log.trackers: {name} is not installed; `pip install {name}`, or take it out of the recipe")
 
 
 def check_engine(recipe: TrainRecipe) -> None:

@@ -9,6 +9,7 @@ ranks. Every rank runs the same number of passes.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,7 @@ from rl.attention import layout_of
 from rl.batch import Item, Normaliser, TrainBatch, items_of, pack, split
 from rl.config import LearnerConfig, LossConfig
 from rl.logp import logp_and_entropy
+from rl.lora import adapter_off, has_adapter
 from rl.loss import policy_loss
 from rl.optim import AdamW, learning_rate
 from rl.policy import checkpoint_views
@@ -27,7 +29,7 @@ from rl.watch import Watch
 
 
 class Learner:
-    """Policy, optimizer and, where the loss has a KL term, the reference."""
+    """Policy, optimizer and, where the loss has a KL term, the reference; an adapter's is the policy with the adapter off."""
 
     def __init__(
         self,
@@ -41,8 +43,9 @@ class Learner:
         reference: PreTrainedModel | None = None,
         sharded: bool = False,
     ):
-        assert (loss.kl_coef > 0.0) == (reference is not None), "a reference is kept exactly where there is a KL term"
         self.model = model
+        self.adapter = has_adapter(model)
+        assert loss.kl_coef == 0.0 or self.adapter or reference is not None, "a KL term needs a reference, or an adapter to turn off"
         self.reference = reference
         self.loss = loss
         self.config = config
@@ -85,8 +88,9 @@ class Learner:
         if several and self.loss.ratio_base == "learner":
             # The weights move between the updates of this batch: old_logp is what they were before the first.
             batch = replace(batch, old_logp_N=self._logp(self.model, batch, grad=False)[0])
-        if self.reference is not None:
-            batch = replace(batch, ref_logp_N=self._logp(self.reference, batch, grad=False)[0])
+        if self.loss.kl_coef > 0.0:
+            with adapter_off(self.model) if self.reference is None else nullcontext():
+                batch = replace(batch, ref_logp_N=self._logp(self.reference or self.model, batch, grad=False)[0])
         return batch
 
     # --- one optimizer step -------------------------------------------------------------------------------------------
@@ -130,6 +134,11 @@ class Learner:
                 self.ranks.sum(grad)
 
     # --- what leaves it -----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint needs beside the policy's tensors: the optimizer's, and an adapter's own (files have it merged)."""
+        adapter = {f"{name}/adapter": p.detach() for name, p in self.optim.parameters} if self.adapter else {}
+        return self.optim.state_dict() | adapter
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The policy's tensors under their checkpoint names; collective where parameters are sharded."""

@@ -11,9 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
-
-from data.recipe import InputError
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 
 class MetricsFile:
@@ -53,11 +51,8 @@ class MetricsFile:
 
 
 def _start(names: Sequence[str], folder: Path, run: str, recipe: Mapping[str, Any]) -> list[GeneralTracker]:
-    available = [str(kind) for kind in get_available_trackers()]
     trackers = []
     for name in names:
-        if name not in available:
-            raise InputError(f"log.trackers: {name} is not installed; `pip install {name}`, or take it out of the recipe")
         kind = LOGGER_TYPE_TO_CLASS[name]
         tracker = kind(run, logging_dir=str(folder / "trackers")) if kind.requires_logging_directory else kind(run)
         tracker.start()

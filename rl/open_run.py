@@ -16,19 +16,21 @@ from transformers import PreTrainedTokenizerBase
 
 from data.completions import cut_completions
 from data.journal import Journal
-from data.prompt_config import PromptsConfig
+from data.journal_file import InUse
 from data.prompt_stream import PromptStream
-from data.prompts import PromptSet, read_prompts
+from data.prompts import PromptSet
 from data.recipe import InputError
 from rewards.scorer import Scorer
 from rl.checkpoint import check_room
 from rl.config import TrainRecipe
 from rl.engines.make import make_engines
-from rl.engines.weights import TensorSpec
-from rl.inputs import context_length
+from rl.engines.vllm import preload
+from rl.engines.weights import TensorSpec, read_manifest
+from rl.inputs import read_prompt_sets
 from rl.learner import Learner
+from rl.lora import add_adapter
 from rl.metrics_file import MetricsFile
-from rl.policy import DTYPES, load_model, load_tokenizer, policy_folder
+from rl.policy import DTYPES, checkpoint_specs, load_model, load_tokenizer, policy_folder
 from rl.pool import RolloutPool
 from rl.progress import Display
 from rl.ranks import Ranks
@@ -43,60 +45,67 @@ CHECKPOINT_BYTES = {"fp32": {"fp32": 4 + 8, "bf16": 4 + 4}, "bf16": {"fp32": 2 +
 
 @contextmanager
 def open_run(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks) -> Iterator[Run]:
-    """A run that is ready for its next step. InputError, one line, for inputs that are wrong."""
-    torch.set_num_threads(recipe.learner.threads or min(os.cpu_count() or 1, 16))
-    assert recipe.policy.path is not None
+    """A run that is ready for its next step. InputError, one line, for inputs that are wrong; a new folder is then left empty."""
     with ExitStack() as stack:
         stack.callback(ranks.close)
-        source = policy_folder(recipe.policy.path, recipe.policy.revision)
-        tokenizer = load_tokenizer(source)
-        run = Run(recipe, folder, ranks, tokenizer)
-        prompts, held_out, longest = _prompts(recipe, tokenizer) if ranks.main else (None, None, 0)
-        run.start = run.checkpoints.newest() or 0
-        run.learner = _learner(run, source)
-        if ranks.main:
-            _check_room(run)
-            folder.claim()
-        run.display = Display(recipe.run.name, recipe.learner.steps, run.start, shown=ranks.main)
-        if prompts is not None:
-            _say_prompts(run, prompts, held_out)
-        stack.enter_context(run.display)
-        stream = None
-        if prompts is not None:
-            run.held_out = held_out.prompts if held_out else ()
-            stream = _open_rollouts(run, source, prompts, longest, stack)
-        run.stream = SharedStream(ranks, stream)
-        run.sync = WeightSync(run.pool.engines, _manifest(run.learner)) if ranks.main else WeightSync()
-        stack.callback(run.sync.close)
-        _restore(run)
-        _watch_signals(run, stack)
+        try:
+            run = _open(recipe, folder, ranks, stack)
+        except InputError as error:
+            stack.close()
+            if not isinstance(error, InUse):
+                folder.withdraw()
+            raise
         yield run
+
+
+def _open(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks, stack: ExitStack) -> Run:
+    torch.set_num_threads(recipe.learner.threads or min(os.cpu_count() or 1, 16))
+    assert recipe.policy.path is not None
+    source = policy_folder(recipe.policy.path, recipe.policy.revision)
+    tokenizer = load_tokenizer(source)
+    run = Run(recipe, folder, ranks, tokenizer)
+    prompts, held_out, longest = _prompts(recipe, tokenizer) if ranks.main else (None, None, 0)
+    run.start = run.checkpoints.newest() or 0
+    run.learner = _learner(run, source)
+    if ranks.main:
+        _check_room(run)
+        folder.claim()
+        run.journal = stack.enter_context(Journal(folder.path / "journal.sqlite"))  # from here on we are its one writer
+        folder.go_on()
+    run.display = Display(recipe.run.name, recipe.learner.steps, run.start, shown=ranks.main)
+    if prompts is not None:
+        _say_prompts(run, prompts, held_out)
+    stack.enter_context(run.display)
+    stream = None
+    if prompts is not None:
+        run.held_out = held_out.prompts if held_out else ()
+        stream = _open_rollouts(run, source, prompts, longest, stack)
+    run.stream = SharedStream(ranks, stream)
+    run.sync = WeightSync(run.pool.engines, _manifest(run.learner, source)) if ranks.main else WeightSync()
+    stack.callback(run.sync.close)
+    _restore(run)
+    _watch_signals(run, stack)
+    return run
 
 
 def _prompts(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[PromptSet, PromptSet | None, int]:
     """Prompts to train on, held-out prompts, and the longest prompt and completion together in tokens."""
-    rollout = recipe.rollout
-    answer = max(rollout.max_tokens, recipe.eval.max_tokens or 0)
-    context = rollout.max_model_len or context_length(recipe.policy)
-    if context is not None and answer >= context:
-        raise InputError(f"rollout.max_tokens: {answer} leaves no room for a prompt in a context of {context} tokens")
-
-    def read(config: PromptsConfig) -> PromptSet:
-        return read_prompts(config, tokenizer, None if context is None else context - answer)
-
-    train = read(recipe.prompts)
-    held_out = read(recipe.eval.prompts) if recipe.eval.prompts else None
-    longest = max(len(p.token_ids) for s in (train, held_out) if s for p in s.prompts)
-    return train, held_out, rollout.max_model_len or longest + answer
+    held_out = [recipe.eval.prompts] if recipe.eval.prompts else []
+    sets, longest = read_prompt_sets(recipe, [recipe.prompts, *held_out], tokenizer)
+    return sets[0], sets[1] if held_out else None, longest
 
 
 def _learner(run: Run, source: Path) -> Learner:
     """The learner with the weights of the newest checkpoint, or of the policy."""
     recipe = run.recipe
     dtype = DTYPES[recipe.policy.precision]
-    model = load_model(run.checkpoints.path(run.start) if run.start else source, dtype).to(run.ranks.device)
+    # With an adapter a checkpoint's weights are merged; base weights and adapter are read apart.
+    own = run.start and recipe.policy.lora is None
+    model = load_model(run.checkpoints.path(run.start) if own else source, dtype).to(run.ranks.device)
+    if recipe.policy.lora is not None:
+        add_adapter(model, recipe.policy.lora, recipe.run.seed)
     reference = None
-    if recipe.loss.kl_coef > 0.0:
+    if recipe.loss.kl_coef > 0.0 and recipe.policy.lora is None:
         reference = load_model(source, dtype).to(run.ranks.device).requires_grad_(False)
     if recipe.policy.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -115,15 +124,19 @@ def _check_room(run: Run) -> None:
     check_room(run.folder.path, parameters * each * missing)
 
 
-def _manifest(learner: Learner) -> dict[str, TensorSpec]:
-    """What every weight update has to bring."""
-    return {name: TensorSpec(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in learner.export()}
+def _manifest(learner: Learner, source: Path) -> dict[str, TensorSpec]:
+    """What every weight update has to bring: all that the policy's files hold, as the learner has it."""
+    manifest = {name: TensorSpec(dtype, shape) for name, dtype, shape in checkpoint_specs(learner.model)}
+    for name, spec in read_manifest(source).items():
+        if name not in manifest or manifest[name].shape != spec.shape:
+            has = f"has shape {manifest[name].shape} in the model" if name in manifest else "is no tensor of the model that transformers made of it"
+            raise InputError(f"policy.path: {source}: {name}, of shape {spec.shape}, {has}; the engines would keep their own")
+    return manifest
 
 
 def _open_rollouts(run: Run, source: Path, prompts: PromptSet, max_model_len: int, stack: ExitStack) -> GroupStream:
-    """Journal, metrics, rewards and engines, opened in the order in which they can fail."""
+    """Metrics, rewards and engines, opened in the order in which they can fail."""
     recipe, folder = run.recipe, run.folder.path
-    run.journal = stack.enter_context(Journal(folder / "journal.sqlite"))
     run.metrics = MetricsFile(folder, recipe.log.trackers, recipe.run.name, recipe.model_dump(mode="json"))
     stack.callback(run.metrics.close)
     run.display.phase("starting rewards and engines")

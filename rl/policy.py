@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,8 +22,11 @@ from transformers.utils import logging
 
 from data.recipe import InputError
 from rl import attention
+from rl.lora import adapter_layers, base_name, merge
 
 logging.disable_progress_bar()  # the display is ours
+# The table of what is wrong with weights: `load_model` says it in a line. (A level would make it complain about tensor parallelism.)
+logging.get_logger("transformers.modeling_utils").addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARD_BYTES = 4 << 30
@@ -42,21 +46,39 @@ def policy_folder(path: str, revision: str | None) -> Path:
 def load_model(path: str | Path, dtype: torch.dtype, *, attention_name: str = attention.NAME) -> PreTrainedModel:
     """A causal LM from a folder, safetensors only, in eval mode (RL trains without dropout).
 
-    Raises InputError with the library's reason if it cannot be loaded.
+    Raises InputError with the library's reason if it cannot be loaded, or if a tensor is missing or has another shape: transformers
+    would fill it with random numbers.
     """
+    # transformers' own choice is the grouped product; it takes no float64, in which only tests compute.
+    experts = {"experts_implementation": "eager"} if dtype is torch.float64 else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             str(path),
             dtype=dtype,
             use_safetensors=True,
             attn_implementation=attention_name,
-            # The grouped product takes no float64, in which only tests compute.
-            experts_implementation="eager" if dtype is torch.float64 else "grouped_mm",
+            **experts,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
+    except SafetensorError as error:
+        raise InputError(f"policy.path: cannot load '{path}': its safetensors are damaged ({error}); copy or save them again") from None
     except (OSError, ValueError) as error:
         raise InputError(f"policy.path: cannot load '{path}': {' '.join(str(error).split())}") from None
+    _check_weights(path, sorted(found["missing_keys"]), sorted(found["mismatched_keys"]))
     return model.eval()
+
+
+def _check_weights(path: str | Path, missing: list[str], mismatched: list[tuple[str, object, object]]) -> None:
+    if mismatched:
+        name, there, wanted = mismatched[0]
+        what = f"{name} has the size {list(there)} and its config.json asks for {list(wanted)}"  # type: ignore[call-overload]
+    elif missing:
+        what = f"{missing[0]} is missing" + (f", and {len(missing) - 1} more" if missing[1:] else "")
+    else:
+        return
+    raise InputError(f"policy.path: cannot load '{path}': {what}; save weights and config together with save_pretrained")
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -83,13 +105,15 @@ def end_tokens(model_config: object, tokenizer: PreTrainedTokenizerBase, generat
 
 
 def persistent_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters, each once, and the buffers that a checkpoint holds, in the order of the modules."""
-    saved = model.state_dict(keep_vars=True)
+    """Parameters, each once, and the buffers that a checkpoint holds, in the order of the modules; adapters merged into them."""
+    adapters = adapter_layers(model)
     seen: set[int] = set()
-    for name, tensor in saved.items():
-        if id(tensor) not in seen:  # tied weights stand under two names
-            seen.add(id(tensor))
-            yield name, tensor
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen or (adapters and "lora_" in name):
+            continue  # tied weights stand under two names
+        seen.add(id(tensor))
+        base = base_name(name) if adapters else name
+        yield base, merge(tensor, adapters[base]) if base in adapters else tensor
 
 
 def expert_views(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -115,6 +139,13 @@ def checkpoint_views(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor
         if isinstance(local, DTensor):
             local = local.full_tensor()
         yield from expert_views(name, local)
+
+
+def checkpoint_specs(model: torch.nn.Module) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Name, dtype and shape of every tensor of a checkpoint; gathers nothing."""
+    for name, tensor in persistent_tensors(model):
+        for inner, view in expert_views(name, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")):
+            yield inner, str(view.dtype).removeprefix("torch."), tuple(view.shape)
 
 
 def save_policy(

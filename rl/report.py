@@ -9,7 +9,7 @@ from rich.table import Table
 
 def report(folder: Path, result: dict[str, Any], again: bool) -> str:
     """Lines to print; `again` where the run was finished before."""
-    console = Console(width=100, highlight=False)
+    console = Console(width=100, highlight=False, soft_wrap=True)
     with console.capture() as captured:
         if result["after"]:
             console.print(_table(result["before"], result["after"]))

@@ -7,6 +7,7 @@ code of theirs and add lines of their own.
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,15 @@ class RunFolder:
         self.path = Path(output_dir) / name
         self.recipe = recipe
         self.free = (*FREE, *free)
+        self.made = False
+        """Whether this process claimed a folder that nobody had."""
 
     def check(self, resume: str) -> bool:
         """Whether the folder holds this recipe already; InputError if it holds anything else, or anything and resume is never."""
         way_out = "choose another run.name or remove the folder"
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path}: not a folder; {way_out}")
+        _check_writable(self.path)
         # A process that stopped before it claimed the folder has left word why, and nothing else.
         if not self.path.exists() or not any(entry.name != "exit.json" for entry in self.path.iterdir()):
             return False
@@ -39,7 +43,10 @@ class RunFolder:
             raise InputError(f"{self.path}: in use by something that is no run; {way_out}")
         if resume == "never":
             raise InputError(f"{self.path}: in use, and run.resume is never; {way_out}")
-        there = yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8"))
+        try:
+            there = yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8"))
+        except yaml.YAMLError:
+            raise InputError(f"{self.path / 'recipe.yaml'}: not valid YAML, so whose folder it is cannot be said; {way_out}") from None
         different = _difference(self._fixed(there), self._fixed(yaml.safe_load(resolved_yaml(self.recipe))))
         if different is not None:
             raise InputError(
@@ -48,12 +55,24 @@ class RunFolder:
         return True
 
     def claim(self) -> None:
-        """Makes the folder this recipe's; call it after `check`."""
+        """Makes a folder that nobody has this recipe's; call it after `check`. One that was claimed before stays as it is."""
+        self.made = not (self.path / "recipe.yaml").is_file()
+        if not self.made:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.write("recipe.yaml", resolved_yaml(self.recipe))
         except OSError as error:
             raise InputError(f"{self.path}: cannot write the run's folder: {error.strerror}") from None
+
+    def go_on(self) -> None:
+        """Notes what differs from the recipe that claimed the folder; for its one writer."""
+        self.write("recipe.yaml", resolved_yaml(self.recipe))
+
+    def withdraw(self) -> None:
+        """Empties a folder that this process has made, for a mistake that was found only then; another one stays as it is."""
+        for entry in self.path.iterdir() if self.made else ():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def result(self) -> dict[str, Any] | None:
         """What the finished run gave; None if it is not finished."""
@@ -75,6 +94,15 @@ class RunFolder:
     def _fixed(self, values: dict[str, Any]) -> dict[str, Any]:
         flat = _flatten(values)
         return {k: v for k, v in flat.items() if not any(k == free or k.startswith(f"{free}.") for free in self.free)}
+
+
+def _check_writable(path: Path) -> None:
+    """InputError if the folder, or the first of its parents that is there, cannot be written."""
+    place = next(p for p in (path, *path.parents) if p.exists())
+    if not place.is_dir():
+        raise InputError(f"run.output_dir: '{place}' is a file; name a folder, which need not be there yet")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"run.output_dir: the folder '{place}' cannot be written; set run.output_dir to one that can")
 
 
 def _flatten(values: Any, place: str = "") -> dict[str, Any]:

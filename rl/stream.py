@@ -47,7 +47,11 @@ class _Step:
     """Finished groups by position."""
     failed: int = 0
     """Groups with fewer than two values."""
+    zero: int = 0
+    """Groups that taught nothing and were dropped for others."""
     scores: list[Score] = field(default_factory=list)
+    expected: int = 0
+    """Scores that there will be when the groups asked for so far are scored."""
     tokens: int = 0
     """Completion tokens of all groups of the step, failed ones included."""
     rollout_s: float = 0.0
@@ -89,26 +93,45 @@ class GroupStream:
     def next(self, count: int) -> list[Group]:
         """Groups of the next `count` prompts, sampled and scored, in the order of the prompts.
 
-        A prompt whose groups could not be scored within `rollout.max_resamples` is left out. Raises RunStopped if none is left or
+        With `rollout.resample_zero_groups` further prompts are taken for groups that teach nothing, in at most `max_resamples` rounds;
+        if fewer than `count` teach then, those are the step. A prompt whose groups could not be scored within `rollout.max_resamples` is left out. Raises RunStopped if none is left or
         too many scores failed, EngineDead if an engine died.
         """
         now = _Step()
-        slots = [(Slot(self.run, position, prompt.id), prompt) for position, prompt in self.prompts.take(count)]
-        for nth in range(self.config.max_resamples + 1):
+        self.scorer.metrics()  # those of an evaluation since the last step
+        slots = self._fresh(count)
+        for attempts_left in range(self.config.max_resamples, -1, -1):
             if not slots:
                 break
             self._round(slots, now)
-            wanting = [(slot, prompt) for slot, prompt in slots if slot.position not in now.groups]
-            slots = [(Slot(slot.run, slot.position, slot.prompt_id, nth + 1), prompt) for slot, prompt in wanting]
-            self._check_errors(now.scores)
+            failed = [(slot, prompt) for slot, prompt in slots if slot.position not in now.groups]
+            slots = [(Slot(slot.run, slot.position, slot.prompt_id, slot.nth + 1), prompt) for slot, prompt in failed]
+            if self.config.resample_zero_groups and attempts_left:
+                slots += self._fresh(self._put_aside(now))
         if not now.groups:
             raise RunStopped(
                 f"step {self.step}: none of {count} groups got two scores, in {self.config.max_resamples + 1} attempts each; "
                 f"{self.scorer.explain(now.scores)}"
             )
+        if self.config.resample_zero_groups and any(map(teaches, now.groups.values())):
+            self._put_aside(now)
         self.handed = [now.groups[position] for position in sorted(now.groups)]
         self.numbers = self._count(now)
         return self.handed
+
+    def _fresh(self, count: int) -> list[tuple[Slot, Prompt]]:
+        """Slots of the next prompts."""
+        return [(Slot(self.run, position, prompt.id), prompt) for position, prompt in self.prompts.take(count)]
+
+    def _put_aside(self, now: _Step) -> int:
+        """Dynamic sampling (arXiv:2503.14476, section 3.2): drops groups that teach nothing; other prompts take their places."""
+        zero = {position: group for position, group in now.groups.items() if not teaches(group)}
+        with self.journal.transaction():
+            for group in zero.values():
+                self.journal.use(group.id, self.step, ZERO_ADVANTAGE)
+        now.zero += len(zero)
+        now.groups = {position: group for position, group in now.groups.items() if position not in zero}
+        return len(zero)
 
     def end_step(self) -> None:
         """Notes what the step did with the groups it was given; provisional until a checkpoint contains it."""
@@ -126,6 +149,7 @@ class GroupStream:
 
     def _round(self, slots: Sequence[tuple[Slot, Prompt]], now: _Step) -> None:
         began = time.perf_counter()
+        now.expected += len(slots) * self.config.group_size
         attempts = self.journal.begin([slot for slot, _ in slots], self.config.group_size, self.step, self.step)
         begun = {a.group_id: _Begun(a, prompt) for a, (_, prompt) in zip(attempts, slots, strict=True)}
         scoring: dict[str, _Begun] = {}
@@ -190,6 +214,7 @@ class GroupStream:
 
     def _scored(self, group: _Begun, scores: Sequence[Score], now: _Step) -> None:
         now.scores.extend(scores)
+        self._check_errors(now)
         completions = tuple(group.done[index] for index in range(group.attempt.size))
         now.tokens += sum(len(c.token_ids) for c in completions)
         if sum(score.value is not None for score in scores) < 2:
@@ -203,19 +228,21 @@ class GroupStream:
 
     # --- what a step says of itself -----------------------------------------------------------------------------------
 
-    def _check_errors(self, scores: Sequence[Score]) -> None:
-        failed = sum(score.status in ("timeout", "error") for score in scores)
-        if failed > self.max_error_rate * len(scores):
+    def _check_errors(self, now: _Step) -> None:
+        """Stops as soon as it is certain that too many scores of the round fail: a function that hangs would take hours to its end."""
+        failed = sum(score.status in ("timeout", "error") for score in now.scores)
+        if failed > self.max_error_rate * now.expected:
             raise RunStopped(
-                f"step {self.step}: {failed} of {len(scores)} scores failed, more than rewards.max_error_rate "
-                f"{self.max_error_rate:g} allows; {self.scorer.explain(scores)}"
+                f"step {self.step}: {failed} of {now.expected} scores failed already, more than rewards.max_error_rate "
+                f"{self.max_error_rate:g} allows; {self.scorer.explain(now.scores)}"
             )
 
     def _count(self, now: _Step) -> dict[str, float]:
         handed = self.handed
-        return group_metrics(handed) | {
-            "groups/sampled": len(handed) + now.failed,
-            "groups/zero_advantage": sum(not teaches(group) for group in handed),
+        # What functions log by `log_metric` comes first, so that a name of ours stays ours.
+        return self.scorer.metrics() | group_metrics(handed) | {
+            "groups/sampled": len(handed) + now.failed + now.zero,
+            "groups/zero_advantage": sum(not teaches(group) for group in handed) + now.zero,
             "groups/failed": now.failed,
             "groups/stale": 0,
             "tokens/sampled": now.tokens,

@@ -16,8 +16,6 @@ import datasets
 import torch
 import transformers
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -27,6 +25,7 @@ from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
 from data.recipe import InputError
+from rl.policy import load_model, load_tokenizer, policy_folder
 from sft.config import SftRecipe
 from sft.init import init_policy
 from sft.ranks import ranks
@@ -69,7 +68,7 @@ def train(recipe: SftRecipe, policy: Policy, rows: list[dict[str, Any]], folder:
 def load_policy(recipe: SftRecipe) -> Policy:
     """The recipe's policy with fp32 master weights, and its tokenizer.
 
-    Raises InputError if `init` is no architecture, or if a dense policy should balance experts.
+    Raises InputError if `init` is no architecture, if `path` cannot be loaded, or if a dense policy should balance experts.
     """
     policy = recipe.policy
     model: PreTrainedModel
@@ -78,8 +77,10 @@ def load_policy(recipe: SftRecipe) -> Policy:
         assert policy.tokenizer is not None
         model, tokenizer = init_policy(policy.init, policy.tokenizer, recipe.run.seed)
     else:
-        model = AutoModelForCausalLM.from_pretrained(policy.path, revision=policy.revision, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(policy.path, revision=policy.revision)
+        assert policy.path is not None
+        folder = policy_folder(policy.path, policy.revision)
+        model = load_model(folder, torch.float32, attention_name="sdpa")
+        tokenizer = load_tokenizer(folder)
     coefficient = recipe.sft.router_aux_loss_coef
     if coefficient and not hasattr(model.config, "router_aux_loss_coef"):
         kind = type(model).__name__

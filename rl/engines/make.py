@@ -31,7 +31,7 @@ def make_engines(rollout: RolloutConfig, policy: PolicyConfig, folder: Path, max
                 slots=rollout.slots,
                 tensor_parallel=rollout.tensor_parallel,
                 devices=_devices(number, rollout, gpus),
-                weight_backend="nccl" if gpus else "cohort_file",
+                gpu_memory_utilization=rollout.gpu_memory_utilization,
             )
         )
     return engines

@@ -54,6 +54,8 @@ class VllmSpec:
     tensor_parallel: int
     devices: tuple[int, ...]
     """GPUs by number, `tensor_parallel` of them; none is the CPU."""
+    gpu_memory_utilization: float
+    """Share of each GPU that it may take."""
     log_path: Path
     asynchronous: bool
     weight_backend: Literal["cohort_file", "nccl"]
@@ -83,6 +85,7 @@ class VllmEngine:
         threads: int = 1,
         tensor_parallel: int = 1,
         devices: tuple[int, ...] = (),
+        gpu_memory_utilization: float = 0.85,
         asynchronous: bool = False,
         weight_backend: Literal["cohort_file", "nccl"] = "cohort_file",
     ) -> None:
@@ -90,7 +93,7 @@ class VllmEngine:
         self.name = name
         self.slots = slots
         self.spec = VllmSpec(
-            name, policy_path, dtype, max_model_len, slots, threads, tensor_parallel, devices, log_path,
+            name, policy_path, dtype, max_model_len, slots, threads, tensor_parallel, devices, gpu_memory_utilization, log_path,
             asynchronous or bool(devices), weight_backend,
         )  # fmt: skip
         self._link: _Link | None = None

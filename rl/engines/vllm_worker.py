@@ -283,7 +283,7 @@ def engine_config(spec: VllmSpec) -> VllmConfig:
         args["hf_overrides"] = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
     if spec.devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, spec.devices))
-        return AsyncEngineArgs(**args).create_engine_config()
+        return AsyncEngineArgs(gpu_memory_utilization=spec.gpu_memory_utilization, **args).create_engine_config()
 
     # The platform would otherwise put the executor into one more process, and import vllm again.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -299,7 +299,8 @@ def engine_config(spec: VllmSpec) -> VllmConfig:
         args["attention_config"] = {"backend": "CPU_MLA"}  # AMX_MLA cannot be updated, and requantises kv_b_proj
         # vLLM's C kernel reads MLA's strided queries as if they were dense, and rotates the wrong rows.
         args["compilation_config"] = {"custom_ops": ["all", "-rotary_embedding"]}
-    config = AsyncEngineArgs(enforce_eager=True, **args).create_engine_config()
+    # In chunks vLLM samples after each and winds the seeded generator back, which one of a CPU refuses: "does not use offset".
+    config = AsyncEngineArgs(enforce_eager=True, enable_chunked_prefill=False, **args).create_engine_config()
     config.cache_config.kv_cache_memory_bytes = kv_cache_bytes(config)
     return config
 

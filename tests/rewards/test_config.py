@@ -45,16 +45,29 @@ PART = {"name": "math_answer"}
             {"parts": [{"name": "math_answer", "requires": "think"}]},
             "x.yaml: rewards.parts[0].requires: no reward named 'think'; did you mean 'think_format'?",
         ),
-        ({"parts": [PART, PART]}, "x.yaml: rewards.parts[1].name: 'math_answer' stands twice; a part is scored once"),
+        (
+            {"parts": [PART, PART]},
+            "x.yaml: rewards.parts[1].name: 'math_answer' stands twice; a part is scored once, or give one an alias",
+        ),
         ({"parts": [{**PART, "weight": 0}]}, "x.yaml: rewards.parts: every part has weight 0, so nothing would be judged"),
         (
-            {"parts": [{**PART, "clip": [0, 1]}]},
-            "x.yaml: rewards.parts[0].clip: 'clip' is a name of the recipe format, but this version does not have it yet",
+            {"parts": [{**PART, "clip": [1, 0]}]},
+            "x.yaml: rewards.parts[0].clip: the lower bound 1 is above the upper bound 0",
         ),
         (
-            {"parts": [PART], "route": {"column": "domain"}},
-            "x.yaml: rewards.route: 'route' is a name of the recipe format, but this version does not have it yet",
+            {"parts": [{**PART, "alias": "think_format"}]},
+            "x.yaml: rewards.parts[0].alias: 'think_format' is a reward function; choose another alias",
         ),
+        (
+            {"parts": [PART], "route": {"column": "domain", "parts": {"math": ["math_answr"]}}},
+            "x.yaml: rewards.route.parts.math[0]: no part is called 'math_answr'; did you mean 'math_answer'?",
+        ),
+        (
+            {"parts": [PART, {"name": "think_format", "weight": 0}], "route": {"column": "d", "parts": {"a": ["math_answer"], "b": []}}},
+            "x.yaml: rewards.route.parts.b: no part with a weight would judge these rows",
+        ),
+        ({"parts": [PART], "shadow": [PART]}, "x.yaml: rewards.shadow[0].name: 'math_answer' stands twice; "),
+        ({"parts": [PART], "shadow": [{"name": "think_format", "weight": 1}]}, "x.yaml: rewards.shadow[0].weight: 1 should be 0"),
         (
             {"parts": [{**PART, "options": {"tol": 1}}]},
             "x.yaml: rewards.parts[0].options.tol: math_answer has no option 'tol'",
@@ -83,6 +96,19 @@ def test_a_mistake_is_one_line_with_its_place_and_the_way_out(folder, rewards, l
 def test_a_plugin_is_checked_without_being_run(folder):
     config = RewardsConfig.model_validate({"plugins": ["./mine.py:brevity"], "parts": [{"name": "brevity"}]})
     assert config.functions()["brevity"].source == "./mine.py"
+
+
+def test_a_function_stands_twice_under_an_alias_and_a_route_chooses_parts():
+    parts = [PART, {"name": "think_format", "alias": "format", "weight": 0.1}, {"name": "think_format", "weight": 0}]
+    route = {"column": "domain", "parts": {"math": ["math_answer"], "chat": ["format"]}}
+    config = RewardsConfig.model_validate({"parts": parts, "route": route})
+    assert {key: plugin.function for key, plugin in config.functions().items()} == {
+        "math_answer": "math_answer", "format": "think_format", "think_format": "think_format",
+    }  # fmt: skip
+    assert [part.key for part in config.parts_for({"domain": "math"})] == ["math_answer", "think_format"]
+    assert [part.key for part in config.parts_for({"domain": "chat"})] == ["format", "think_format"]
+    with pytest.raises(ValueError, match="a row has domain = 'law', and routes are known for math, chat"):
+        config.parts_for({"domain": "law"})
 
 
 def test_importing_rewards_loads_nothing_heavy():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.answers import find_answer, find_gold
+from rewards.answers import find_answer, find_golds
 from rewards.expressions import compare_expressions
 from rewards.math_answer import math_answer, verdict_on
 from rewards.numbers import Number, Verdict, compare, exact
@@ -56,11 +56,17 @@ EQUAL, DIFFERENT, UNKNOWN = Verdict.EQUAL, Verdict.DIFFERENT, Verdict.UNKNOWN
         ("9" * 5000, "18", DIFFERENT),
         ("60 minutes", "1 hour", UNKNOWN),
         ("1.5 million", "1.5", UNKNOWN),
-        ("eighteen", "18", UNKNOWN),
+        ("eighteen", "18", EQUAL),
+        ("two hundred and five", "205", EQUAL),
+        ("1.5 million", "1,500,000", EQUAL),
+        ("two three", "23", UNKNOWN),
+        ("nineteen", "18", DIFFERENT),
         ("2x = 18", "18", UNKNOWN),
         ("x >= 18", "18", UNKNOWN),
         ("18!", "18", UNKNOWN),
-        ("1 1/2", "1.5", UNKNOWN),
+        ("1 1/2", "1.5", EQUAL),
+        (r"-2\frac{1}{4}", "-2.25", EQUAL),
+        (r"11,\! 111,\! 100", "11111100", EQUAL),
         ("3/0", "3", UNKNOWN),
     ],
 )
@@ -98,18 +104,19 @@ def test_an_answer_is_marked_as_one_and_stands_after_the_reasoning(completion, a
 
 def test_a_prompt_that_opens_the_reasoning_needs_its_end():
     opened = "<|user|>2+2<|assistant|><think>\n"
-    assert verdict_on("<answer>4</answer>", "4", opened) is DIFFERENT
-    assert verdict_on("two and two</think><answer>4</answer>", "4", opened) is EQUAL
-    assert verdict_on("<answer>4</answer>", "4", "reason in <think>, please: 2+2") is EQUAL
+    assert verdict_on("<answer>4</answer>", ["4"], opened) is DIFFERENT
+    assert verdict_on("two and two</think><answer>4</answer>", ["4"], opened) is EQUAL
+    assert verdict_on("<answer>4</answer>", ["4"], "reason in <think>, please: 2+2") is EQUAL
 
 
 def test_gold_is_the_answer_column_then_the_solution_from_its_marker_on():
-    assert find_gold({"answer": "9 * 2 = 18\n#### 18", "solution": "3"}) == " 18"
-    assert find_gold({"answer": None, "solution": r"so \boxed{7}"}) == "7"
-    assert find_gold({"answer": 132}) == "132"
-    assert find_gold({"other": 1}) is None
+    assert find_golds({"answer": "9 * 2 = 18\n#### 18", "solution": "3"}) == [" 18"]
+    assert find_golds({"answer": None, "solution": r"so \boxed{7}"}) == ["7"]
+    assert find_golds({"answer": 132}) == ["132"]
+    assert find_golds({"answer": ["1", r"\boxed{2}"]}) == ["1", "2"]
+    assert find_golds({"other": 1}) == find_golds({"answer": ""}) == []
     with pytest.raises(ValueError, match="column 'answer' holds"):
-        find_gold({"answer": ["1", "2"]})
+        find_golds({"answer": {"value": 1}})
 
 
 @pytest.mark.parametrize(
@@ -145,7 +152,7 @@ def test_math_answer_scores_1_0_and_none():
 )
 def test_every_gold_of_gsm8k_equals_itself_and_differs_from_the_next_other_one(test_data, shape):
     rows = [json.loads(line)["answer"] for line in (test_data / "gsm8k" / "test.jsonl").open()]
-    golds = [find_gold({"answer": row}).strip() for row in rows]
+    golds = [find_golds({"answer": row})[0].strip() for row in rows]
     assert len(golds) == 1319
     values = [int(gold.replace(",", "")) for gold in golds]
     others = [next(golds[(i + n) % 1319] for n in range(1, 1319) if values[(i + n) % 1319] != values[i]) for i in range(1319)]

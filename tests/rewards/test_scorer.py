@@ -205,6 +205,72 @@ def test_options_are_keyword_arguments_of_the_function(plugin):
         wrong.start()
 
 
+ASYNC = """
+    import asyncio, os, signal, time
+
+    async def slow(completions, **kwargs):
+        for text in completions:
+            if text == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if text == "forever":
+                await asyncio.sleep(600)
+            if text == "raise":
+                raise KeyError("inside")
+        await asyncio.sleep(0.3)
+        return [1.0] * len(completions)
+
+    def quick(completions, log_extra, **kwargs):
+        log_extra("detail", ["said " + text for text in completions])
+        return [0.5] * len(completions)
+"""
+
+
+def test_async_calls_run_at_once_up_to_the_limit(plugin):
+    path = plugin(ASYNC)
+    took = {}
+    for limit in (10, 2):
+        with Scorer(config([{"name": "slow", "at_once": limit}], [path + ":slow"])) as scorer:
+            began = time.monotonic()
+            assert scorer.score([job(["a"])] * 10)[9][0].value == 1.0
+            took[limit] = time.monotonic() - began
+    assert took[10] < 1.2 and took[2] > 1.4  # one after another they would take 3 seconds
+
+
+def test_of_async_calls_only_the_culprit_fails(plugin):
+    path = plugin(ASYNC)
+    parts = [{"name": "slow", "timeout_s": 2.0}, {"name": "quick"}]
+    texts = ["a", "die", "b", "forever", "c", "raise", "d", "e"]
+    with Scorer(config(parts, [path + ":slow", path + ":quick"])) as scorer:
+        scores = [scores[0] for scores in scorer.score([job([text]) for text in texts])]
+    assert [score.value for score in scores] == [1.5, None, 1.5, None, 1.5, None, 1.5, 1.5]
+    assert [scores[i].status for i in (1, 3, 5)] == ["error", "timeout", "error"]
+    assert scores[1].detail == "slow: its process was killed by SIGKILL"
+    assert scores[0].detail == "quick: said a"
+
+
+def test_routes_aliases_shadows_and_normalisation_reach_the_scores(plugin):
+    path = plugin("""
+        def size(completions, scale=1, **kwargs):
+            return [scale * len(text) for text in completions]
+        def broken(completions, **kwargs):
+            raise RuntimeError("a shadow")
+    """)
+    chosen = config(
+        [{"name": "math_answer"}, {"name": "size", "alias": "big", "options": {"scale": 10}}, {"name": "size", "weight": 0.5}],
+        [path + ":size", path + ":broken"],
+        route={"column": "domain", "parts": {"math": ["math_answer", "size"], "chat": ["big"]}},
+        shadow=[{"name": "think_format"}, {"name": "broken"}],
+    )
+    with Scorer(chosen) as scorer:
+        maths, chat = scorer.score([job(["#### 4"], answer="4", domain="math"), job(["ab"], domain="chat", scale=5)])
+        assert maths[0].parts == {"math_answer": 1.0, "size": 6.0, "think_format": 0.0, "broken": None}
+        assert maths[0].value == 4.0 and "a shadow" in maths[0].detail
+        assert chat[0].parts == {"big": 20.0, "think_format": 0.0, "broken": None} and chat[0].value == 20.0
+    with Scorer(config([{"name": "math_answer"}], normalize="group")) as scorer:
+        (scores,) = scorer.score([job(["#### 4", "#### 5"], answer="4")])
+        assert values(scores) == pytest.approx([0.5 / 0.5001, -0.5 / 0.5001])
+
+
 @pytest.mark.parametrize(
     ("code", "line"),
     [

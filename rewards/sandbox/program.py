@@ -1,0 +1,197 @@
+"""What runs inside: a program as `__main__`, one call of it, calls on request, the asserts about it, or a command.
+
+A job's kinds are `script` (reads stdin, writes stdout), `call` (one function, its value is the result), `serve` (answers the calls
+of its asserts), `asserts` (trusted text about a program in another process) and `command`. Where model text runs, nothing is there
+that it could use: a forged result is a value like any other, and what is expected of it is in another process.
+"""
+
+import ast
+import atexit
+import builtins
+import json
+import os
+import sys
+import threading
+import traceback
+import types
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from rewards.sandbox.proxies import Program, ProgramEnded, Refused, plain_names
+from rewards.sandbox.values import Link, NotPlain, decode, encode
+
+RESULT_FD, CHANNEL_FD = 4, 5
+
+
+def run(job: dict[str, Any]) -> NoReturn:
+    """Runs a job and ends the process."""
+    kind = job["kind"]
+    if kind == "command":
+        _run_command(job)
+    if kind == "asserts":
+        _write_result(job, _check(job, Program(Link(CHANNEL_FD))))
+        os._exit(0)
+    code = 0
+    try:
+        module = _load(job["source"])
+        if kind == "call":
+            value = _find(module, job["function"])(*decode(job["args"]))
+            _write_result(job, {"value": encode(value)})
+        elif kind == "serve":
+            _serve(module, Link(CHANNEL_FD), job["nonce"])
+    except SystemExit as stop:
+        code = _exit_code(stop)
+    except BaseException as error:  # noqa: BLE001 - as the interpreter does: print it and end with 1
+        _print_error(error)
+        code = 1
+    _end(code)
+
+
+def _load(source: str) -> types.ModuleType:
+    """Runs a program as the main module, from a file, which multiprocessing and tracebacks look for."""
+    path = os.path.join(os.getcwd(), "program.py")
+    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(source)
+    module = types.ModuleType("__main__")
+    module.__file__ = path
+    sys.modules["__main__"] = module
+    sys.argv = [path]
+    sys.path.insert(0, os.getcwd())
+    exec(compile(source, path, "exec", dont_inherit=True), module.__dict__)
+    return module
+
+
+def _find(module: types.ModuleType, name: str) -> Callable[..., Any]:
+    """A function, or a method of `Solution`, as many problem sets have it."""
+    defined = vars(module)
+    if name in defined or "Solution" not in defined:
+        return defined[name]
+    return getattr(defined["Solution"](), name)
+
+
+def _serve(module: types.ModuleType, link: Link, nonce: str) -> None:
+    """Answers calls until the asserts are done; what is not plain stays here under a number."""
+    held: list[Any] = []
+
+    def hold(value: Any) -> int | None:
+        if isinstance(value, (types.NoneType, bool, int, float, str, complex, bytes, bytearray, dict, list, tuple, set, frozenset)):
+            return None
+        if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+            return None
+        held.append(value)
+        return len(held) - 1
+
+    def answer(request: dict[str, Any]) -> Any:
+        if "names" in request:
+            defined = vars(module)
+            found = {name: defined[name] for name in request["names"] if name in defined}
+            return {name: encode(value, hold) for name, value in found.items()}
+        target = held[request["of"]]
+        if "get" in request:
+            return encode(getattr(target, request["get"]), hold)
+        arguments = decode(request["args"], held.__getitem__)
+        return encode(target(*arguments, **decode(request["kwargs"], held.__getitem__)), hold)
+
+    while True:
+        try:
+            request = link.receive()
+        except EOFError:
+            os._exit(0)
+        try:
+            reply: dict[str, Any] = {"value": answer(request)}
+        except Exception as error:  # noqa: BLE001 - what it raises is for its asserts to judge
+            reply = {"raised": [type(error).__name__, f"{error}"[:1000]]}
+        link.send(reply | {"nonce": nonce, "id": request["id"]})
+
+
+def _check(job: dict[str, Any], program: Program) -> dict[str, Any]:
+    """Runs the asserts; the result says that they passed, or how they did not."""
+    passed = 0
+
+    def count() -> None:
+        nonlocal passed
+        passed += 1
+
+    text = job["text"]
+    try:
+        code = compile(_counting(text), "asserts", "exec")
+        names: dict[str, Any] = {"__name__": "asserts", "__builtins__": builtins, "__cohort_passed__": count}
+        program.expect(job["nonce"])
+        names |= program.names(plain_names(text, job["names"]))
+        exec(code, names)
+    except AssertionError as error:
+        return {"verdict": "wrong", "said": f"{_line(error, text)}{f' ({error})' if str(error) else ''}"}
+    except ProgramEnded:
+        return {"verdict": "ended", "said": "it ended before its asserts did"}
+    except Refused as error:
+        return {"verdict": "unfit", "said": str(error)}
+    except NotPlain as error:
+        return {"verdict": "crashed", "said": f"{error}"}
+    except Exception as error:  # noqa: BLE001 - raised by the program or by the text about it; either way it is no pass
+        return {"verdict": "crashed", "said": f"{type(error).__name__}: {error} at {_line(error, text)}"[:500]}
+    return {"verdict": "passed", "asserts": passed}
+
+
+class _Counter(ast.NodeTransformer):
+    def visit_Assert(self, node: ast.Assert) -> list[ast.stmt]:
+        call = ast.Expr(ast.Call(ast.Name("__cohort_passed__", ast.Load()), [], []))
+        return [node, ast.copy_location(call, node)]
+
+
+def _counting(text: str) -> ast.AST:
+    """The asserts, with a count of those that passed: text that asserts nothing proves nothing."""
+    return ast.fix_missing_locations(_Counter().visit(ast.parse(text)))
+
+
+def _line(error: BaseException, text: str) -> str:
+    """The line of the asserts where it was raised, the innermost."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "asserts"]
+    return f"line {lines[-1]}: {text.splitlines()[lines[-1] - 1].strip()[:200]}" if lines and lines[-1] else "the asserts"
+
+
+def _run_command(job: dict[str, Any]) -> NoReturn:
+    with open(job["file"], "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(job["source"])
+    os.closerange(3, 1024)
+    try:
+        os.execvp(job["argv"][0], job["argv"])
+    except OSError as error:
+        print(f"{job['argv'][0]}: {error.strerror}", file=sys.stderr, flush=True)
+        os._exit(127)
+
+
+def _write_result(job: dict[str, Any], result: dict[str, Any]) -> None:
+    body = json.dumps(result | {"nonce": job["nonce"]}).encode()
+    with open(RESULT_FD, "wb", closefd=False) as file:
+        file.write(body)
+
+
+def _exit_code(stop: SystemExit) -> int:
+    if stop.code is None or isinstance(stop.code, int):
+        return int(stop.code or 0) & 0xFF
+    print(stop.code, file=sys.stderr)
+    return 1
+
+
+def _print_error(error: BaseException) -> None:
+    """The traceback, without the frames of this file."""
+    trace = error.__traceback__
+    while trace and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    try:
+        traceback.print_exception(type(error), error, trace)
+    except BaseException:  # noqa: BLE001 - its __str__ may raise anything; the exit code says enough
+        pass
+
+
+def _end(code: int) -> NoReturn:
+    """Ends as an interpreter does: other threads, exit functions, buffers; then at once."""
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    except BaseException as error:  # noqa: BLE001 - a full disk, a closed stream, an exit function that raises
+        _print_error(error)
+        code = code or 1
+    os._exit(code)

@@ -1,0 +1,100 @@
+"""Are two scalar expressions the same? Tested by value, at 40 digits, at fixed points that no identity was made for.
+
+Without variables one value decides. With variables (a polynomial, say) both sides are evaluated at several points, positive,
+negative and mixed: equal at all of them is equal, different at the positive ones is different. Equal only where the variables are
+positive (sqrt(x^2) and x) is unknown. A difference that vanishes with the precision is rounding, so 0 and cos(pi/2) are equal,
+while 1/2004! and 1/2006! are not.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+import mpmath
+
+from rewards.latex import Tree, Unreadable, value, variables
+from rewards.numbers import Verdict
+
+DIGITS = 40
+SAME = mpmath.mpf(10) ** -20
+"""Relative difference below which two values of 40 digits are one."""
+
+
+def compare_scalars(answer: Tree, gold: Tree) -> Verdict:
+    """The verdict on two trees."""
+    if answer == gold:
+        return Verdict.EQUAL
+    verdicts = []
+    for point in _points(variables(answer) | variables(gold)):
+        try:
+            verdicts.append(_same_at(answer, gold, point))
+        except Unreadable:
+            verdicts.append(None)
+    return _decide(verdicts)
+
+
+def compare_equations(answer: tuple[Tree, Tree], gold: tuple[Tree, Tree]) -> Verdict:
+    """Two equations are the same if left minus right is the same up to a constant factor."""
+    one, other = (("-", *answer), ("-", *gold))
+    names = variables(one) | variables(other)
+    verdicts: list[bool | None] = []
+    first = None
+    for point in _points(names) if names else ():
+        try:
+            with mpmath.workdps(DIGITS):
+                left, right = value(one, point), value(other, point)
+                if first is None:
+                    first = (left, right)
+                    continue
+                verdicts.append(_near(left * first[1], right * first[0]))
+        except Unreadable:
+            verdicts.append(None)
+    return _decide(verdicts)
+
+
+def solution(left: Tree, right: Tree, name: str, candidate: Tree) -> bool:
+    """Whether a constant solves an equation in one variable, or may, where that cannot be computed."""
+    try:
+        with mpmath.workdps(DIGITS):
+            point = {name: value(candidate, {})}
+            return _near(value(left, point), value(right, point))
+    except Unreadable:
+        return True
+
+
+def _decide(verdicts: list[bool | None]) -> Verdict:
+    if not verdicts or None in verdicts:
+        return Verdict.UNKNOWN
+    if all(verdicts):
+        return Verdict.EQUAL
+    return Verdict.UNKNOWN if verdicts[0] else Verdict.DIFFERENT
+
+
+def _same_at(answer: Tree, gold: Tree, point: dict[str, mpmath.mpf]) -> bool:
+    sizes = []
+    for digits in (DIGITS, 2 * DIGITS):
+        with mpmath.workdps(digits):
+            left, right = value(answer, point), value(gold, point)
+            if _near(left, right):
+                return True
+            if not (mpmath.isfinite(left) and mpmath.isfinite(right)):
+                return False
+            sizes.append(max(abs(left), abs(right)))
+            if sizes[0] > SAME:
+                return False
+    return bool(sizes[1] < sizes[0] * SAME)  # both are the rounding of 0
+
+
+def _near(left: mpmath.mpf, right: mpmath.mpf) -> bool:
+    if left == right:
+        return True
+    return bool(mpmath.isfinite(left) and mpmath.isfinite(right) and abs(left - right) <= SAME * max(abs(left), abs(right)))
+
+
+def _points(names: set[str]) -> Iterator[dict[str, mpmath.mpf]]:
+    """One point without variables, four with some: two positive, one negative, one mixed."""
+    for number, sign in enumerate((1, 1, -1, 0) if names else (1,)):
+        digests = {name: hashlib.sha256(f"{number} {name}".encode()).digest() for name in names}
+        yield {
+            name: (sign or (1 if digest[0] % 2 else -1)) * (mpmath.mpf(int.from_bytes(digest[1:8], "big")) / 2**55 + 0.5)
+            for name, digest in digests.items()
+        }

@@ -1,0 +1,255 @@
+"""`--dry-run`: everything is checked that can be without a model, and what a run would do is said in numbers.
+
+A mistake ends it like a run, with one line. What is not there *yet* does not: it is listed with the command that makes it, and what
+depends on it is left out. Nothing is fetched: what the hub has is read when a run starts. Tokens and memory are upper bounds, every
+completion as long as it may be; the formulas are those of `rl/estimate.py`.
+"""
+
+import json
+from dataclasses import dataclass
+from itertools import islice
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from data.prompt_config import PromptsConfig
+from data.prompt_files import is_hub_id, read_rows
+from data.prompts import check_prompts, read_prompts
+from data.recipe import InputError, resolved_yaml
+from data.values import Prompt
+from rl.config import TrainRecipe
+from rl.estimate import GB, Machine, Place, Sizes, learner_ranks, machine_of, pass_tokens, places, sizes_of
+from rl.inputs import (
+    check_engine,
+    check_judge,
+    check_policy,
+    check_trackers,
+    config_file,
+    is_local,
+    longest_completion,
+    prompt_room,
+)
+from rl.policy import load_tokenizer
+from rl.run_folder import RunFolder
+
+EXAMPLES = 3
+"""Prompts that are shown."""
+SHOWN_CHARACTERS = 160
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is there of a recipe's inputs."""
+
+    missing: tuple[str, ...]
+    """A line for each that is not there yet."""
+    lines: tuple[str, ...]
+    """What the others are."""
+    prompts: dict[str, int | None]
+    """Prompts by section, None where they cannot be counted yet."""
+    longest_prompt: int | None
+    """Tokens; None where no tokenizer is at hand, or prompts are on a hub."""
+
+
+def dry_run(recipe: TrainRecipe, folder: RunFolder) -> int:
+    """Prints what a run of `rl.train` would do; returns the exit code. InputError, one line each, for mistakes."""
+    ours = folder.check(recipe.run.resume)
+    inputs = look(recipe, ["prompts", "eval.prompts"])
+    machine = machine_of(recipe.hardware)
+    longest, sizes = longest_sequence(recipe, inputs), policy_sizes(recipe)
+    print(resolved_yaml(recipe))
+    print("\n".join(inputs.lines))
+    print(_step(recipe, machine, inputs, longest))
+    print(memory(recipe, sizes, machine, longest))
+    result = folder.result() if ours else None
+    if result is not None and result["steps"] >= recipe.learner.steps:
+        print(f"{folder.path}: finished; its result would be printed again")
+    else:
+        print(f"{folder.path}: {'a run of this recipe, which would go on' if ours else 'would be made'}")
+    print(_missing(inputs))
+    return 0
+
+
+def dry_evaluation(recipe: TrainRecipe, section: str) -> int:
+    """Prints what `rl.evaluate` would do with the prompts of one section; returns the exit code."""
+    inputs = look(recipe, [section])
+    sizes, count = policy_sizes(recipe), inputs.prompts[section]
+    print(resolved_yaml(recipe))
+    print("\n".join(inputs.lines))
+    each = recipe.eval.samples + (1 if recipe.eval.greedy and recipe.eval.temperature > 0.0 else 0)
+    tokens = recipe.eval.max_tokens or recipe.rollout.max_tokens
+    if count is not None:
+        print(f"evaluation: {count:,} prompts x {each} completions, at most {count * each * tokens:,} tokens sampled")
+    print(_policy_line(recipe, sizes))
+    print(_missing(inputs))
+    return 0
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def look(recipe: TrainRecipe, sections: list[str]) -> Inputs:
+    """Looks at policy, prompts, rewards and engine. InputError for what is wrong; what is absent is listed."""
+    assert recipe.policy.path is not None
+    check_judge(recipe)
+    check_trackers(recipe)
+    missing: list[str] = []
+    try:
+        check_engine(recipe)
+    except InputError as error:
+        missing.append(str(error))
+    tokenizer = None
+    if not is_local(recipe.policy.path):
+        policy = f"policy: {recipe.policy.path}, read from the hub at start"
+    elif Path(recipe.policy.path).is_dir():
+        check_policy(recipe.policy)
+        tokenizer = load_tokenizer(recipe.policy.path)
+        policy = f"policy: {recipe.policy.path}"
+    else:
+        policy = f"policy: {recipe.policy.path}, not there yet"
+        missing.append(f"policy.path: no folder '{recipe.policy.path}'; {_made_by(recipe.policy.path)}")
+    lines = [policy]
+    counts: dict[str, int | None] = {}
+    longest: list[int | None] = []
+    for section in sections:
+        config = recipe.prompts if section == "prompts" else recipe.eval.prompts
+        if config is None:
+            continue
+        if config.path is not None and not Path(config.path).is_file() and not is_hub_id(config.path):
+            missing.append(f"{section}.path: no file '{config.path}'; paths are relative to the working folder, {Path.cwd()}")
+            counts[section] = None
+            longest.append(None)
+            continue
+        counts[section], tokens, text = _prompts(recipe, section, config, tokenizer)
+        longest.append(tokens)
+        lines.append(text)
+    known = [tokens for tokens in longest if tokens is not None]
+    return Inputs(tuple(missing), tuple(lines), counts, max(known) if known and len(known) == len(longest) else None)
+
+
+def _prompts(
+    recipe: TrainRecipe, section: str, config: PromptsConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[int | None, int | None, str]:
+    """Their number, the tokens of the longest, and lines that describe them; None for what cannot be known yet."""
+    room = prompt_room(recipe)
+    if config.path is not None and is_hub_id(config.path):
+        return None, None, f"{section}: {config.path} [{config.split}], read from the hub at start"
+    if tokenizer is None:
+        check_prompts(config)
+        rows = [row.values for row in islice(read_rows(config), config.limit) if isinstance(row.values, dict)]
+        head = f"{section}: {len(rows):,} rows from {config.source}, tokenised when the policy is there"
+        column = config.columns.get("prompt", "prompt")
+        return len(rows), None, "\n".join([head, *(f"  {_shown(row[column])}" for row in rows[:EXAMPLES])])
+    read = read_prompts(config, tokenizer, room)
+    longest = max(len(prompt.token_ids) for prompt in read.prompts)
+    skipped = ", ".join(f"{count} {reason}" for reason, count in read.skipped.items())
+    head = f"{section}: {len(read.prompts):,} from {config.source}, the longest of {longest} tokens"
+    head += f" (left out: {skipped})" if skipped else ""
+    return len(read.prompts), longest, "\n".join([head, *(f"  {_example(prompt)}" for prompt in read.prompts[:EXAMPLES])])
+
+
+def _example(prompt: Prompt) -> str:
+    answer = prompt.columns.get("answer")
+    return f"{_shown(prompt.text)}  ({len(prompt.token_ids)} tokens)" + (f"  answer {_shown(answer)}" if answer is not None else "")
+
+
+def _shown(value: Any) -> str:
+    """One line without control characters."""
+    text = json.dumps(value, ensure_ascii=True)
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
+
+
+def _made_by(path: str) -> str:
+    """The command that makes a policy folder: that of the recipe here whose run ends in it."""
+    for file in sorted(Path("recipes").glob("*.yaml")):
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        run = values.get("run") or {}
+        if "name" in run and Path(run.get("output_dir", "outputs"), run["name"], "final") == Path(path):
+            return f"made by: accelerate launch -m {'rl' if 'rewards' in values else 'sft'}.train {file}"
+    return "name a folder that save_pretrained wrote, or a run's `final`, which `accelerate launch -m sft.train RECIPE` makes"
+
+
+def _missing(inputs: Inputs) -> str:
+    if not inputs.missing:
+        return "no input is missing"
+    return "\n".join(["not there yet:", *(f"  {line}" for line in inputs.missing)])
+
+
+# --- a step and its memory --------------------------------------------------------------------------------------------
+
+
+def policy_sizes(recipe: TrainRecipe) -> Sizes | None:
+    """Sizes from the policy's config; None where that is not at hand."""
+    path = config_file(recipe.policy)
+    return sizes_of(path) if path is not None else None
+
+
+def longest_sequence(recipe: TrainRecipe, inputs: Inputs) -> int | None:
+    """Longest prompt and completion together, in tokens: the recipe's, else the prompts', else the policy's context."""
+    if recipe.rollout.max_model_len is not None:
+        return recipe.rollout.max_model_len
+    answer = longest_completion(recipe)
+    if inputs.longest_prompt is not None:
+        return inputs.longest_prompt + answer
+    room = prompt_room(recipe)
+    return None if room is None else room + answer
+
+
+def _step(recipe: TrainRecipe, machine: Machine, inputs: Inputs, longest: int | None) -> str:
+    rollout, learner = recipe.rollout, recipe.learner
+    p, g = learner.prompts_per_step, rollout.group_size
+    lines = [
+        f"a step: {p} prompts x {g} = {p * g:,} completions, at most {p * g:,} x {rollout.max_tokens} = "
+        f"{p * g * rollout.max_tokens:,} tokens sampled; what has no score is asked again, at most {rollout.max_resamples} times"
+    ]
+    updates = learner.steps_per_batch * learner.epochs_per_batch
+    ranks = learner_ranks(recipe, machine)
+    if longest is not None and ranks > 0:
+        group, most = pass_tokens(recipe, longest)
+        at_once = max(1, learner.micro_tokens // group)
+        passes = ceil(ceil(ceil(p / learner.steps_per_batch) / ranks) / at_once)
+        lines.append(
+            f"  {updates} optimizer step{'s' if updates > 1 else ''}, each of at most {passes} passes on each of {ranks} "
+            f"rank{'s' if ranks > 1 else ''}; a group has at most {group:,} tokens, a pass {most:,}"
+        )
+        if group > learner.micro_tokens:
+            lines.append(f"  a group of full length is more than learner.micro_tokens, {learner.micro_tokens:,}: a pass of its own")
+    held_out = inputs.prompts.get("eval.prompts")
+    if held_out is not None:
+        lines.append(f"  an evaluation: {held_out:,} prompts x {recipe.eval.samples} completions")
+    return "\n".join([*lines, f"{learner.steps} steps: {p * g * learner.steps:,} completions"])
+
+
+def _policy_line(recipe: TrainRecipe, sizes: Sizes | None) -> str:
+    if sizes is None:
+        return "parameters: unknown until the policy is there; policy.config may name a model config"
+    return f"parameters: {sizes.total:,}, of which a token uses {sizes.active:,} (from {config_file(recipe.policy)})"
+
+
+def memory(recipe: TrainRecipe, sizes: Sizes | None, machine: Machine, longest: int | None) -> str:
+    """Parameters, and for each kind of place its parts and by how much they fit."""
+    head = _policy_line(recipe, sizes)
+    if sizes is None or longest is None:
+        return f"{head}\nmemory: unknown until then"
+    try:
+        found = places(recipe, sizes, machine, longest)
+    except InputError as error:
+        return f"{head}\nmemory: does not fit: {error}"
+    if any(place.left_bytes < 0 for place in found):
+        verdict = "does not fit; what helps: more GPUs, moments in bf16, policy.activation_checkpointing, shorter completions"
+    else:
+        verdict = "fits, where what is left holds the programs, CUDA contexts, NCCL's buffers and fragmentation"
+    return "\n".join([head, *map(_place, found), f"memory: {verdict}"])
+
+
+def _place(place: Place) -> str:
+    width = max(len(part.name) for part in place.parts)
+    lines = [f"memory: {place.name}, {place.room_bytes / GB:.2f} GB:"]
+    lines += [f"  {part.name:<{width}}  {part.bytes / GB:>8.3f} GB   {part.formula}" for part in place.parts]
+    left = place.left_bytes
+    verdict = f"fits, {left / GB:.2f} GB are left" if left >= 0 else f"does not fit, {-left / GB:.2f} GB too much"
+    lines.append(f"  {'together':<{width}}  {place.used_bytes / GB:>8.3f} GB   {verdict}")
+    return "\n".join(lines)

@@ -1,0 +1,78 @@
+"""Low-rank adapters through peft: the base weights stay as they are, and a few small matrices are trained (arXiv:2106.09685).
+
+peft puts its layers into the model in place, experts included. What leaves the learner is merged on the way out, one tensor at a time,
+`W + scale * B A`, under the names of the base model: engines and files see a policy like any other, and the policy itself is never
+merged. The reference of a KL term is the policy with its adapter off, so no second model is kept.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel
+
+from rl.config import LoraConfig
+
+ADAPTER = "default"
+
+
+def add_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
+    """Adds an adapter that changes nothing yet (B is zero) and leaves it alone trainable, in float32; A depends on `seed` alone.
+
+    Raises ValueError where no module of the model is meant by `config.targets`.
+    """
+    settings = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=config.targets if isinstance(config.targets, str) else list(config.targets),
+        target_parameters=list(config.parameters) or None,
+        lora_dropout=0.0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(settings, model, ADAPTER)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+def has_adapter(model: torch.nn.Module) -> bool:
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def adapter_layers(model: torch.nn.Module) -> dict[str, BaseTunerLayer]:
+    """peft's layers by the parameter that each changes, as the base model names it; empty without an adapter."""
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            parameter = getattr(module, "parameter_name", "weight")  # peft: an expert's parameter, or a Linear's weight
+            layers[f"{base_name(name)}.{parameter}"] = module
+    return layers
+
+
+def base_name(name: str) -> str:
+    """A parameter's name without what peft put into it."""
+    return name.replace(".base_layer", "")
+
+
+@torch.no_grad()
+def merge(tensor: torch.Tensor, layer: BaseTunerLayer) -> torch.Tensor:
+    """A new tensor: the base weight with its adapter added."""
+    return (tensor + layer.get_delta_weight(ADAPTER).to(tensor.device)).to(tensor.dtype)
+
+
+@contextmanager
+def adapter_off(model: torch.nn.Module) -> Iterator[None]:
+    """Within, the model is what it was before it had an adapter."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
