@@ -62,8 +62,7 @@ def demonstrations(options: dict, count: int, seed: int) -> list[dict[str, str]]
     while len(demonstrated) < count:
         rng.shuffle(pairs)
         demonstrated += [
-            {"prompt": _prompt(task, a, b), "completion": demonstrate(task, a, b, rng)}
-            for a, b in pairs[: count - len(demonstrated)]
+            {"prompt": _prompt(task, a, b), "completion": demonstrate(task, a, b, rng)} for a, b in pairs[: count - len(demonstrated)]
         ]
     return demonstrated
 

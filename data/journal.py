@@ -259,11 +259,16 @@ class Journal:
     def resume(self, step: int) -> int:
         """The run goes on from the checkpoint of `step` (0: from the start): later uses become void. Returns how many.
 
-        Also marks what that checkpoint contains, in case the run was killed between the checkpoint and `contain`.
+        Also marks what that checkpoint contains, in case the run was killed between the checkpoint and `contain`. Scores of a group
+        that can be used again are forgotten if one of them failed: what made it fail may have been mended since.
         """
         with self.transaction():
             voided = self._db.execute("UPDATE use SET void = ? WHERE step >= ? AND void IS NULL", (step, step)).rowcount
             self._contain(step)
+            self._db.execute(
+                """DELETE FROM score WHERE attempt IN (SELECT attempt FROM score WHERE status IN ('timeout', 'error'))
+                   AND NOT EXISTS (SELECT 1 FROM use WHERE use.attempt = score.attempt AND void IS NULL)"""
+            )
         return voided
 
     # --- The account --------------------------------------------------------------------------------------------------

@@ -75,9 +75,7 @@ def open_database(path: Path, read_only: bool) -> sqlite3.Connection:
             on_error.callback(database.close)
             _check(database, path, read_only)
         except sqlite3.DatabaseError as error:
-            raise InputError(
-                f"{path}: not readable as a journal ({error}); move it away to start anew, or restore a copy"
-            ) from None
+            raise InputError(f"{path}: not readable as a journal ({error}); move it away to start anew, or restore a copy") from None
         on_error.pop_all()
     return database
 

@@ -161,6 +161,9 @@ def _checked_prompt(prompt: Any, row: Row) -> str | Messages:
     texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
     if not any(text.strip() for text in texts):
         raise BadRow(row.place, "empty_prompt", "the prompt is empty", "fill it in")
+    if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+        # JSON can write such a half (as in "\\ud83d"), and no tokenizer takes it.
+        raise BadRow(row.place, "wrong_type", "the prompt holds half a surrogate pair, which is no text", "cut it at characters")
     return prompt
 
 

@@ -29,7 +29,7 @@ class InputError(ValueError):
 class Section(pydantic.BaseModel):
     """A section of a recipe: unknown keys and wrong types are errors; the string under a field is its help text."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 RecipeT = TypeVar("RecipeT", bound=Section)
@@ -116,21 +116,28 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Place, int]]:
     return values, lines
 
 
-def _walk(node: yaml.Node | None, place: Place, lines: dict[Place, int], path: Path) -> None:
-    """Notes the line of every place and refuses a key that stands twice."""
+def _walk(node: yaml.Node | None, place: Place, lines: dict[Place, int], path: Path, around: tuple[yaml.Node, ...] = ()) -> None:
+    """Notes the line of every place; refuses a key that stands twice or is no text, and an alias of what is around it."""
     if node is None:
         return
     lines.setdefault(place, node.start_mark.line + 1)
+    if any(node is outer for outer in around):
+        raise InputError(f"{path}:{node.start_mark.line + 1}: {_name(place)}: holds itself; write out what is meant")
+    around = (*around, node)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            where = f"{path}:{key.start_mark.line + 1}"
+            if key.tag != "tag:yaml.org,2002:str":
+                shown = key.value if isinstance(key, yaml.ScalarNode) else "a list or mapping"
+                raise InputError(f"{where}: {_name(place)}{': ' if place else ''}a key is text, not {shown}; quote it if it is meant")
             inner = (*place, key.value)
             if inner in lines:
-                raise InputError(f"{path}:{key.start_mark.line + 1}: {_name(inner)}: stands twice, first in line {lines[inner]}")
+                raise InputError(f"{where}: {_name(inner)}: stands twice, first in line {lines[inner]}")
             lines[inner] = key.start_mark.line + 1
-            _walk(value, inner, lines, path)
+            _walk(value, inner, lines, path, around)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            _walk(value, (*place, index), lines, path)
+            _walk(value, (*place, index), lines, path, around)
 
 
 def _apply(root: dict[str, Any], override: str, origin: dict[Place, str]) -> None:
@@ -140,7 +147,7 @@ def _apply(root: dict[str, Any], override: str, origin: dict[Place, str]) -> Non
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\[\d+\])*(\.[A-Za-z_]\w*(\[\d+\])*)*", key):
         raise InputError(f"{source}: an override is section.key=value")
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506: _Loader is a SafeLoader
+        value = yaml.load(text, _Loader)  # noqa: S506 -- _Loader is a SafeLoader
     except yaml.YAMLError as error:
         raise InputError(f"{source}: the value is not valid YAML: {' '.join(str(error).split())}") from None
     place: Place = tuple(int(part) if part.isdigit() else part for part in re.findall(r"\w+", key))
@@ -170,9 +177,7 @@ def _step(here: Any, part: str | int, source: str, default: Any) -> Any:
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
-def _describe(
-    error: pydantic.ValidationError, values: Any, model: type[Section], source: str, origin: dict[Place, str]
-) -> list[str]:
+def _describe(error: pydantic.ValidationError, values: Any, model: type[Section], source: str, origin: dict[Place, str]) -> list[str]:
     out: list[str] = []
     mistyped = set()
     items = sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")

@@ -7,12 +7,15 @@ judged and what the learner raises are the same tokens.
     T  tokens of one completion        L  MoE layers        K  experts a token        G  completions of one prompt
 """
 
+from __future__ import annotations  # so that numpy, a tenth of a second, is not imported for its name
+
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 Messages = list[dict[str, Any]]
 Status = Literal["ok", "unscored", "timeout", "error"]

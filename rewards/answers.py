@@ -18,22 +18,30 @@ _BOX = re.compile(r"\\f?box(?:ed)?(?:\s*\{|\s+(?P<word>[^\s{}$]+))")
 
 
 def find_answer(text: str, prompt_text: str = "") -> str | None:
-    """The answer that a completion gives; None if it gives none."""
+    """The answer that a completion gives; None if it gives none. A text that is nothing but a number is one."""
     after = answer_text(text, prompt_text)
     if after is None:
         return None
+    has_marker, answer = marked_answer(after)
+    if has_marker:
+        return answer
+    return after if exact(plain(after)) is not None else None
+
+
+def marked_answer(after: str) -> tuple[bool, str | None]:
+    """Whether a text without its reasoning marks an answer, and which; None if the mark never ends."""
     _, tag, inside = after.rpartition("<answer>")
     if tag:
         inside, closed, _ = inside.partition("</answer>")
-        return (last_box(inside) or inside) if closed else None
+        return True, (last_box(inside) or inside) if closed else None
     box = last_box(after)
     if box is not None:
-        return box
+        return True, box
     markers = list(_MARKERS.finditer(after))
-    if markers:
-        line, _, _ = after[markers[-1].end() :].strip(" \t*_\n").partition("\n")
-        return line
-    return after if exact(plain(after)) is not None else None
+    if not markers:
+        return False, None
+    line, _, _ = after[markers[-1].end() :].strip(" \t*_\n").partition("\n")
+    return True, line
 
 
 def find_golds(columns: Mapping[str, Any]) -> list[str]:

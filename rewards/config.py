@@ -1,8 +1,7 @@
 """The `rewards` section of a recipe. Every name in it is checked when the recipe is read, before anything heavy is imported.
 
 A part is a reward function with its weight; a gate (`requires`) is one that must pass for a part to count. Functions come from the
-registry or from plugins; one function may stand twice, with different options, under an `alias`. What the format names and this
-version lacks is refused by name, never ignored.
+registry or from plugins; one function may stand twice, with different options, under an `alias`.
 """
 
 import difflib
@@ -14,10 +13,7 @@ from pydantic_core import InitErrorDetails
 
 from data.recipe import Place, Section, nearest
 from rewards.plugins import Plugin, find_plugin
-from rewards.registry import BUILTINS, LATER
-
-_LATER = "is a name of the recipe format, but this version does not have it yet"
-
+from rewards.registry import BUILTINS
 
 Bound = float | None
 
@@ -184,8 +180,6 @@ def _options(place: Place, part: PartConfig) -> Iterator[tuple[Place, Any, str]]
 
 
 def _unknown(name: str, known: set[str]) -> str:
-    if name in LATER:
-        return f"'{name}' {_LATER}"
     # 'mth' is nearer to 'math' than to 'math_answer'.
     first_words = {full.partition("_")[0]: full for full in sorted(known, reverse=True)}
     near = difflib.get_close_matches(name, [*known, *first_words], n=1, cutoff=0.55)

@@ -48,7 +48,9 @@ _IN = re.compile(r"^[a-zA-Z]\s*(?:\\in\b|∈)\s*")
 _MATRIX = re.compile(r"[(\[]?\s*\\begin\{([pbvB]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}\s*[)\]]?", re.DOTALL)
 _SEPARATOR = re.compile(r"\s*(?:,\s*(?:and|or)\b|,|;|\band\b|\bor\b)\s*")
 _RELATION = re.compile(r"(\\leq?(?![a-z])|\\geq?(?![a-z])|\\lt(?![a-z])|\\gt(?![a-z])|<=|>=|[<>≤≥])")
-_UNIT = re.compile(r"(?P<value>.*?[\d})!a-zA-Z])\s*(?P<unit>(?<![\\a-zA-Z])[a-zA-Z]{2,}\.?(?:[ /]+[a-zA-Z]+)*)\s*(?:\^\s*\{?(?P<power>[23])\}?)?")
+_UNIT = re.compile(
+    r"(?P<value>.*?[\d})!a-zA-Z])\s*(?P<unit>(?<![\\a-zA-Z])[a-zA-Z]{2,}\.?(?:[ /]+[a-zA-Z]+)*)\s*(?:\^\s*\{?(?P<power>[23])\}?)?"
+)
 _WORDS = re.compile(r"\(?[a-zA-Z][a-zA-Z\d'. -]*\)?")
 _LONG_WORD = re.compile(r"[a-zA-Z]{3,}|[a-zA-Z]{2,} |\b(?:no|on|up)\b", re.IGNORECASE)
 _FIGURE = re.compile(r"\\(?:triangle|angle|overline)\s*\{?\s*([A-Z]{2,4})\s*\}?")
@@ -71,6 +73,8 @@ def form(text: str) -> Form | None:
 
 
 def _form(text: str) -> Form:
+    if not text:
+        raise Unreadable("nothing")
     if text in _REALS and text != "R":
         return Form("tuple", (_scalar(r"-\infty"), _scalar(r"\infty")), tag="()")
     matrix = _MATRIX.fullmatch(text)
@@ -100,7 +104,7 @@ def _relation(text: str) -> Form:
         return Form("ratio", tuple(map(_scalar, ratio[1].split(":"))), tag=ratio[2].lower().replace(".", ""))
     based = _BASED.fullmatch(text)
     if based:
-        return Form("based", tag=f"{'-' * text.startswith('-')}{based[1].replace(' ', '').lstrip('0')}_{based[2]}")
+        return Form("based", tag=f"{'-' * text.startswith('-')}{based[1].replace(' ', '').lstrip('0') or '0'}_{based[2]}")
     left, equals, right = text.rpartition("=")
     if equals:
         left = left.rpartition("=")[2]
@@ -233,9 +237,7 @@ def _compare_sets(answer: Sequence[Form], gold: Sequence[Form]) -> Verdict:
     left = [[_compare(one, other) for other in gold] for one in answer]
     verdicts = []
     for row in [*left, *map(list, zip(*left, strict=True))]:
-        verdicts.append(
-            Verdict.EQUAL if Verdict.EQUAL in row else Verdict.UNKNOWN if Verdict.UNKNOWN in row else Verdict.DIFFERENT
-        )
+        verdicts.append(Verdict.EQUAL if Verdict.EQUAL in row else Verdict.UNKNOWN if Verdict.UNKNOWN in row else Verdict.DIFFERENT)
     return _all(verdicts)
 
 
@@ -311,8 +313,9 @@ def _hints_at(other: Form, scalar: Form) -> bool:
         return any(_compare(number, scalar) is not Verdict.DIFFERENT for number in numbers)
     if other.kind == "based":
         digits, _, base = other.tag.partition("_")
-        decimal = _scalar(str(int(digits, int(base)))) if 2 <= int(base) <= 36 and all(int(d, 36) < int(base) for d in digits) else None
-        return decimal is not None and _compare(decimal, scalar) is not Verdict.DIFFERENT
+        if not 2 <= int(base) <= 36 or any(int(digit, 36) >= int(base) for digit in digits.lstrip("-")):
+            return False
+        return _compare(_scalar(str(int(digits, int(base)))), scalar) is not Verdict.DIFFERENT
     return False
 
 

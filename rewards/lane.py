@@ -24,6 +24,8 @@ from rewards.process import WorkerLost, WorkerProcess
 
 LOAD_TIMEOUT_S = 120.0
 """A plugin may import torch from a cold disk."""
+PREPARE_TIMEOUT_S = 1800.0
+"""A builtin may fetch and load a large model."""
 PREFETCH = 16
 """Calls that a worker may have at hand while they are quick: a round trip on a busy machine takes longer than such a call."""
 QUICK_S = 0.005
@@ -71,10 +73,9 @@ class _Work:
     beside: dict[int, tuple[Call, float]] = field(default_factory=dict)
     """Calls of async functions that run now, by id, each with when it was sent."""
 
-    def running(self) -> list[tuple[Call | None, float, float]]:
-        """What it is at now: the call, when it began, and its limit in seconds."""
-        first = [(call, self.began, call.timeout_s if call else LOAD_TIMEOUT_S) for call in list(self.calls)[:1]]
-        return first + [(call, began, call.timeout_s) for call, began in self.beside.values()]
+    def running(self) -> list[tuple[Call | None, float]]:
+        """What it is at now, and when that began."""
+        return [(call, self.began) for call in list(self.calls)[:1]] + list(self.beside.values())
 
 
 class Lane:
@@ -89,6 +90,7 @@ class Lane:
         log_dir: Path | None,
         selector: selectors.BaseSelector,
         finish: Callable[[Call, Answer], None],
+        load_timeout_s: float = LOAD_TIMEOUT_S,
     ) -> None:
         self.name = name
         self.loaded = threading.Event()
@@ -104,6 +106,7 @@ class Lane:
         self._env, self._limit, self._log_dir = env, limit, log_dir
         self._selector, self._finish = selector, finish
         self._workers: dict[WorkerProcess, _Work] = {}
+        self._load_timeout_s = load_timeout_s
         self._pace_s = math.inf
         self._started = 0
 
@@ -179,7 +182,8 @@ class Lane:
         now = time.monotonic()
         next_s = math.inf
         for worker, work in list(self._workers.items()):
-            for call, began, limit_s in work.running():
+            for call, began in work.running():
+                limit_s = call.timeout_s if call else self._load_timeout_s
                 left_s = began + limit_s - now
                 if left_s <= 0:
                     said = worker.stack()
@@ -252,7 +256,7 @@ class Lane:
                 self._selector.unregister(fd)
         work = self._workers.pop(worker)
         worker.kill()
-        running = [(call, began) for call, began, _ in work.running()]
+        running = work.running()
         if not running:
             return
         blamed = overdue or (running[0] if len(running) == 1 else None)
@@ -301,6 +305,8 @@ def _read(reply: dict[str, Any], call: Call) -> Answer:
 def _outcome(function: str, value: Any, detail: str) -> Outcome:
     if value is None:
         return Outcome(None, "unscored", detail)
+    if isinstance(value, dict) and "failed" in value:
+        return Outcome(None, "error", f"{function}: {value['failed']}")
     if isinstance(value, dict):
         return Outcome(None, "error", f"{function}: returned {value['bad']}, which is no number")
     if not math.isfinite(value):

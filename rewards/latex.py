@@ -4,7 +4,8 @@ A reader of our own, because an answer has to be read strictly: all of it or not
 What is no scalar expression (words, tuples, equations, calculus) raises Unreadable, and whoever asks must then not know.
 Nothing here runs text as code, and a number too large to handle (9^9^9^9) is refused before it is computed.
 
-    number  variable  + - * /  implicit product  ^  !  |x|  \\frac  \\sqrt  \\binom  functions  degrees inside functions  mixed numbers
+    number  variable  + - * /  implicit product  ^  !  |x|  \\frac  \\sqrt  \\binom  functions  degrees inside functions  mixed
+    numbers
 """
 
 import re
@@ -27,7 +28,9 @@ class Unreadable(ValueError):
     """The text is no scalar expression that this module knows."""
 
 
-_TOKEN = re.compile(r"\s*((?:[1-9]\d{0,2}(?:,\d{3})+(?![\d,])|\d+)?\.\d+|[1-9]\d{0,2}(?:,\d{3})+(?![\d,])|\d+|\\[a-zA-Z]+|[^\W\d_]|\*\*|[-+*/^_(){}\[\]|!°×÷·√])")
+_TOKEN = re.compile(
+    r"\s*((?:[1-9]\d{0,2}(?:,\d{3})+(?![\d,])|\d+)?\.\d+|[1-9]\d{0,2}(?:,\d{3})+(?![\d,])|\d+|\\[a-zA-Z]+|[^\W\d_]|\*\*|[-+*/^_(){}\[\]|!°×÷·√])"
+)
 _FUNCTIONS = frozenset("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp".split())
 _NAMES = re.compile(r"(?<![\\a-zA-Z])(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi)(?![a-zA-Z])")
 _GREEK = frozenset("alpha beta gamma delta epsilon theta lambda mu nu omega phi psi rho sigma tau".split())
@@ -177,7 +180,9 @@ class _Reader:
             self._bars -= 1
             self.take("|")
             return ("abs", tree)
-        return self._command(token.removeprefix("\\"), len(token) > 1) if token[0].isalpha() or len(token) > 1 else self._root(token)
+        return (
+            self._command(token.removeprefix("\\"), len(token) > 1) if token[0].isalpha() or len(token) > 1 else self._root(token)
+        )
 
     def _root(self, token: str) -> Tree:
         if token != "√":

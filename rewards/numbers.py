@@ -200,8 +200,10 @@ _REPLACED = (
     (re.compile(r",\\!\s*|\{,\}"), lambda _: ","),
     (re.compile(r"\\[$%]"), lambda found: found[0][1]),
     (re.compile(r"\\[dt]frac"), lambda _: r"\frac"),
-    (re.compile(r"\\frac\s*(?:(\d)|\{\s*(-?\d+)\s*\})\s*(?:(\d)|\{\s*(\d+)\s*\})"),
-     lambda found: rf"\frac{{{found[1] or found[2]}}}{{{found[3] or found[4]}}}"),
+    (
+        re.compile(r"\\frac\s*(?:(\d)|\{\s*(-?\d+)\s*\})\s*(?:(\d)|\{\s*(\d+)\s*\})"),
+        lambda found: rf"\frac{{{found[1] or found[2]}}}{{{found[3] or found[4]}}}",
+    ),
     (re.compile(r"(?<!\\)\\(?:left|right|displaystyle|phantom|[!,;: ])"), lambda _: ""),
     (re.compile(r"~|\\(?:quad|qquad)\b"), lambda _: " "),
     (re.compile(r"\\(?:text|textnormal|textrm|mathrm|mbox|textbf|mathbf|mathit)\s*\{([^{}]*)\}"), lambda found: f" {found[1]} "),

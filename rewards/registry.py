@@ -20,29 +20,40 @@ class Builtin:
     """Options without which it cannot be called."""
     alone: bool = False
     """It has worker processes of its own: it loads a model, waits for a server, or starts programs."""
+    prepares: bool = False
+    """Its module's `prepare` is called with the options when a worker starts."""
 
+
+JUDGE = (
+    "url", "model", "mode", "rubric", "low", "high", "votes", "opponents", "reasoning", "temperature", "max_tokens", "key_env",
+    "requests_at_once", "per_second", "retries", "request_s", "cache",
+)  # fmt: skip
+REWARD_MODEL = (
+    "model", "engine", "revision", "device", "dtype", "max_length", "batch_tokens", "gpu_memory_utilization",
+)  # fmt: skip
 
 BUILTINS = {
+    "choice_letter": Builtin("rewards.choice_letter", ("letters",)),
+    "code_tests": Builtin("rewards.code_tests", ("reward", "limits", "backend"), alone=True),
+    "command_check": Builtin(
+        "rewards.command_check",
+        ("command", "file", "append", "reject", "paths", "limits", "backend"),
+        required=("command",),
+        alone=True,
+    ),
+    "countdown": Builtin("rewards.countdown", ("use_all",)),
+    "exact_text": Builtin("rewards.exact_text", ("ignore_case",)),
+    "instruction_constraints": Builtin("rewards.instruction_constraints", ("all_or_nothing",)),
+    "judge": Builtin("rewards.judge", JUDGE, required=("url", "model"), alone=True),
+    "json_schema": Builtin("rewards.json_schema", ("schema",)),
+    "language_consistency": Builtin("rewards.language_consistency", ("language", "answer_too")),
+    "length": Builtin("rewards.length", ("kind", "max_tokens", "buffer", "right", "wrong", "judge")),
     "math_answer": Builtin("rewards.math_answer"),
+    "reward_model": Builtin("rewards.reward_model", REWARD_MODEL, required=("model",), alone=True, prepares=True),
+    "regex": Builtin("rewards.pattern", ("pattern", "reasoning", "full", "limit_s"), required=("pattern",)),
+    "repetition": Builtin("rewards.repetition", ("ngram", "penalty")),
+    "self_consistency": Builtin("rewards.self_consistency", ("min_votes",)),
+    "sql_result": Builtin("rewards.sql_result", ("limit_s",)),
+    "tag_count": Builtin("rewards.tag_count", ("tags",)),
     "think_format": Builtin("rewards.think_format"),
 }
-
-LATER = (
-    "choice_letter",
-    "code_tests",
-    "command_check",
-    "countdown",
-    "exact_text",
-    "instruction_constraints",
-    "json_schema",
-    "judge",
-    "language_consistency",
-    "length",
-    "regex",
-    "repetition",
-    "reward_model",
-    "self_consistency",
-    "sql_result",
-    "tag_count",
-)
-"""Names of the recipe format that this version does not have yet; they are refused, not ignored."""

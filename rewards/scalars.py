@@ -23,7 +23,7 @@ def compare_scalars(answer: Tree, gold: Tree) -> Verdict:
     """The verdict on two trees."""
     if answer == gold:
         return Verdict.EQUAL
-    verdicts = []
+    verdicts: list[bool | None] = []
     for point in _points(variables(answer) | variables(gold)):
         try:
             verdicts.append(_same_at(answer, gold, point))

@@ -24,7 +24,7 @@ from data.values import Score
 from rewards.combine import Outcome, combine_group
 from rewards.config import PartConfig, RewardsConfig
 from rewards.job import ScoreJob, request_line
-from rewards.lane import Answer, Call, Lane
+from rewards.lane import LOAD_TIMEOUT_S, PREPARE_TIMEOUT_S, Answer, Call, Lane
 from rewards.plugins import Plugin
 from rewards.registry import BUILTINS
 
@@ -136,7 +136,7 @@ class Scorer:
         return means
 
     def explain(self, scores: Sequence[Score]) -> str:
-        """One message for Scores without a value: how many failed, the function that failed most, what it said, and one traceback."""
+        """One message for Scores without a value: how many failed, the function that failed most, what it said, a traceback."""
         failed = [score for score in scores if score.status in ("timeout", "error")]
         if not failed:
             parts = ", ".join(part.name for part in self._config.parts)
@@ -181,12 +181,20 @@ class Scorer:
             load = {
                 "memory_mb": self._config.memory_mb,
                 "functions": [
-                    {"name": name, "source": f.source, "function": f.function, "options": parts[name].options}
+                    {
+                        "name": name,
+                        "source": f.source,
+                        "function": f.function,
+                        "options": parts[name].options,
+                        "prepares": _prepares(f),
+                    }
                     for name, f in functions.items()
                 ],
             }
             env = [variable for part in parts.values() for variable in part.env]
-            lane = Lane(source, load, env, limit, log_dir, self._selector, self._answered)
+            prepares = any(map(_prepares, functions.values()))  # one process, then, as each would load the model
+            timeout_s = PREPARE_TIMEOUT_S if prepares else LOAD_TIMEOUT_S
+            lane = Lane(source, load, env, 1 if prepares else limit, log_dir, self._selector, self._answered, timeout_s)
             lanes |= dict.fromkeys(functions, lane)
         return lanes
 
@@ -270,3 +278,7 @@ class Scorer:
         if not group.waiting:
             del self._groups[call.group]
             self._done.put(group)
+
+
+def _prepares(function: Plugin) -> bool:
+    return function.name in BUILTINS and BUILTINS[function.name].prepares

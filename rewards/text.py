@@ -4,6 +4,8 @@ Reasoning stands in `<think>…</think>`. Some chat templates open it themselves
 completion holds only the end. What stands inside is never an answer.
 """
 
+import re
+
 from data.values import Messages
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -25,3 +27,17 @@ def answer_text(text: str, prompt_text: str = "") -> str | None:
     if OPEN in after or (not closed and opens_think(prompt_text)):
         return None
     return after
+
+
+_FENCE = re.compile(r"^(`{3,}|~{3,})[^\n`]*\n(.*?)^\1[ \t]*$", re.DOTALL | re.MULTILINE)
+
+
+def last_block(text: str) -> str | None:
+    """What the last fenced block of a text holds; None if it has none."""
+    found = _FENCE.findall(text)
+    return found[-1][1] if found else None
+
+
+def per_completion(texts: list[str] | None, count: int) -> list[str]:
+    """Rendered prompts, one for each completion, or empty texts where there are none."""
+    return texts if texts is not None else [""] * count

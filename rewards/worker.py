@@ -144,9 +144,13 @@ def _arguments(request: dict[str, Any], notes: _Notes) -> dict[str, Any]:
 
 
 def _value(item: Any) -> float | dict[str, str] | None:
-    """A returned value as JSON can carry it; numbers of numpy and torch are numbers, text is not."""
+    """A returned value as JSON can carry it; numbers of numpy and torch are numbers, text is not. An exception fails its
+    completion.
+    """
     if item is None:
         return None
+    if isinstance(item, Exception):
+        return {"failed": " ".join(f"{type(item).__name__}: {item}".split())[:300]}
     try:
         if isinstance(item, str | bytes):
             raise TypeError
@@ -170,6 +174,8 @@ def _loaded(functions: list[dict[str, Any]]) -> tuple[Worker, dict[str, Any]]:
         try:
             found[name] = _import(wanted["source"], wanted["function"])
             parameters = inspect.signature(found[name]).parameters.values()
+            if wanted["prepares"]:
+                _import(wanted["source"], "prepare")(**wanted["options"])
         except Exception as error:  # noqa: BLE001 - whatever its module raises is what the user must see
             return Worker({}, {}), {"failed": name, "error": _raised(error), "traceback": traceback.format_exc()}
         named[name] = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]

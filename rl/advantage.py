@@ -17,9 +17,7 @@ from rl.config import AdvantageConfig
 def rewards_of(groups: Sequence[Group]) -> torch.Tensor:
     """rewards_PG in float64; NaN where a completion has no value. Groups have equal size."""
     nan = float("nan")
-    return torch.tensor(
-        [[nan if s.value is None else s.value for s in group.scores] for group in groups], dtype=torch.float64
-    )
+    return torch.tensor([[nan if s.value is None else s.value for s in group.scores] for group in groups], dtype=torch.float64)
 
 
 def advantage(rewards_PG: torch.Tensor, config: AdvantageConfig) -> torch.Tensor:

@@ -119,8 +119,8 @@ def check_room(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed_bytes:
         raise InputError(
-            f"{folder}: no space for the checkpoints: they take up to {needed_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB; "
-            "make room, set run.output_dir to another disk, or lower checkpoint.keep"
+            f"{folder}: no space for the checkpoints: they take up to {needed_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} "
+            "GB; make room, set run.output_dir to another disk, or lower checkpoint.keep"
         )
 
 

@@ -16,7 +16,7 @@ from rewards.config import RewardsConfig
 class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.\-]*$")
     """Names the run and its folder, `<output_dir>/<name>`."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Seed of everything drawn: order of prompts, completions, initial adapters."""
     output_dir: str = "outputs"
     """Where run folders are."""

@@ -20,6 +20,7 @@ from data.prompt_files import is_hub_id, read_rows
 from data.prompts import check_prompts, read_prompts
 from data.recipe import InputError, resolved_yaml
 from data.values import Prompt
+from rl.command import main_rank
 from rl.config import TrainRecipe
 from rl.estimate import GB, Machine, Place, Sizes, learner_ranks, machine_of, pass_tokens, places, sizes_of
 from rl.inputs import (
@@ -38,6 +39,7 @@ from rl.run_folder import RunFolder
 EXAMPLES = 3
 """Prompts that are shown."""
 SHOWN_CHARACTERS = 160
+AT_START = "read from the hub at start"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Inputs:
     """What the others are."""
     prompts: dict[str, int | None]
     """Prompts by section, None where they cannot be counted yet."""
+    hub: bool
+    """Whether something is on a hub, which is read when a run starts."""
     longest_prompt: int | None
     """Tokens; None where no tokenizer is at hand, or prompts are on a hub."""
 
@@ -60,6 +64,8 @@ def dry_run(recipe: TrainRecipe, folder: RunFolder) -> int:
     inputs = look(recipe, ["prompts", "eval.prompts"])
     machine = machine_of(recipe.hardware)
     longest, sizes = longest_sequence(recipe, inputs), policy_sizes(recipe)
+    if not main_rank():
+        return 0
     print(resolved_yaml(recipe))
     print("\n".join(inputs.lines))
     print(_step(recipe, machine, inputs, longest))
@@ -103,7 +109,7 @@ def look(recipe: TrainRecipe, sections: list[str]) -> Inputs:
         missing.append(str(error))
     tokenizer = None
     if not is_local(recipe.policy.path):
-        policy = f"policy: {recipe.policy.path}, read from the hub at start"
+        policy = f"policy: {recipe.policy.path}, {AT_START}"
     elif Path(recipe.policy.path).is_dir():
         check_policy(recipe.policy)
         tokenizer = load_tokenizer(recipe.policy.path)
@@ -127,7 +133,10 @@ def look(recipe: TrainRecipe, sections: list[str]) -> Inputs:
         longest.append(tokens)
         lines.append(text)
     known = [tokens for tokens in longest if tokens is not None]
-    return Inputs(tuple(missing), tuple(lines), counts, max(known) if known and len(known) == len(longest) else None)
+    return Inputs(
+        missing=tuple(missing), lines=tuple(lines), prompts=counts, hub=any(line.endswith(AT_START) for line in lines),
+        longest_prompt=max(known) if known and len(known) == len(longest) else None,
+    )  # fmt: skip
 
 
 def _prompts(
@@ -136,13 +145,13 @@ def _prompts(
     """Their number, the tokens of the longest, and lines that describe them; None for what cannot be known yet."""
     room = prompt_room(recipe)
     if config.path is not None and is_hub_id(config.path):
-        return None, None, f"{section}: {config.path} [{config.split}], read from the hub at start"
+        return None, None, f"{section}: {config.path} [{config.split}], {AT_START}"
     if tokenizer is None:
         check_prompts(config)
         rows = [row.values for row in islice(read_rows(config), config.limit) if isinstance(row.values, dict)]
         head = f"{section}: {len(rows):,} rows from {config.source}, tokenised when the policy is there"
         column = config.columns.get("prompt", "prompt")
-        return len(rows), None, "\n".join([head, *(f"  {_shown(row[column])}" for row in rows[:EXAMPLES])])
+        return len(rows), None, "\n".join([head, *(f"  {_shown(row.get(column))}" for row in rows[:EXAMPLES])])
     read = read_prompts(config, tokenizer, room)
     longest = max(len(prompt.token_ids) for prompt in read.prompts)
     skipped = ", ".join(f"{count} {reason}" for reason, count in read.skipped.items())
@@ -165,16 +174,19 @@ def _shown(value: Any) -> str:
 def _made_by(path: str) -> str:
     """The command that makes a policy folder: that of the recipe here whose run ends in it."""
     for file in sorted(Path("recipes").glob("*.yaml")):
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        run = values.get("run") or {}
-        if "name" in run and Path(run.get("output_dir", "outputs"), run["name"], "final") == Path(path):
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except yaml.YAMLError:  # not what was asked about
+            continue
+        run = values.get("run") if isinstance(values, dict) else None
+        if isinstance(run, dict) and Path(run.get("output_dir", "outputs"), str(run.get("name")), "final") == Path(path):
             return f"made by: accelerate launch -m {'rl' if 'rewards' in values else 'sft'}.train {file}"
     return "name a folder that save_pretrained wrote, or a run's `final`, which `accelerate launch -m sft.train RECIPE` makes"
 
 
 def _missing(inputs: Inputs) -> str:
     if not inputs.missing:
-        return "no input is missing"
+        return "no input is missing; what the hub has was not looked at" if inputs.hub else "no input is missing"
     return "\n".join(["not there yet:", *(f"  {line}" for line in inputs.missing)])
 
 
@@ -184,7 +196,7 @@ def _missing(inputs: Inputs) -> str:
 def policy_sizes(recipe: TrainRecipe) -> Sizes | None:
     """Sizes from the policy's config; None where that is not at hand."""
     path = config_file(recipe.policy)
-    return sizes_of(path) if path is not None else None
+    return sizes_of(path, recipe.policy.lora) if path is not None else None
 
 
 def longest_sequence(recipe: TrainRecipe, inputs: Inputs) -> int | None:
@@ -201,9 +213,11 @@ def longest_sequence(recipe: TrainRecipe, inputs: Inputs) -> int | None:
 def _step(recipe: TrainRecipe, machine: Machine, inputs: Inputs, longest: int | None) -> str:
     rollout, learner = recipe.rollout, recipe.learner
     p, g = learner.prompts_per_step, rollout.group_size
+    zero = " or teaches nothing" if rollout.resample_zero_groups else ""
+    again = f"what has no score{zero} is asked again, at most {rollout.max_resamples} times"
     lines = [
         f"a step: {p} prompts x {g} = {p * g:,} completions, at most {p * g:,} x {rollout.max_tokens} = "
-        f"{p * g * rollout.max_tokens:,} tokens sampled; what has no score is asked again, at most {rollout.max_resamples} times"
+        f"{p * g * rollout.max_tokens:,} tokens sampled; {again}"
     ]
     updates = learner.steps_per_batch * learner.epochs_per_batch
     ranks = learner_ranks(recipe, machine)
@@ -226,7 +240,8 @@ def _step(recipe: TrainRecipe, machine: Machine, inputs: Inputs, longest: int | 
 def _policy_line(recipe: TrainRecipe, sizes: Sizes | None) -> str:
     if sizes is None:
         return "parameters: unknown until the policy is there; policy.config may name a model config"
-    return f"parameters: {sizes.total:,}, of which a token uses {sizes.active:,} (from {config_file(recipe.policy)})"
+    trained = f"; the adapter has {sizes.adapter:,}" if sizes.adapter else ""
+    return f"parameters: {sizes.total:,}, of which a token uses {sizes.active:,}{trained} (from {config_file(recipe.policy)})"
 
 
 def memory(recipe: TrainRecipe, sizes: Sizes | None, machine: Machine, longest: int | None) -> str:

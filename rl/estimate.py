@@ -19,11 +19,12 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from data.recipe import InputError
-from rl.config import HardwareConfig, TrainRecipe
+from rl.config import HardwareConfig, LoraConfig, TrainRecipe
 from rl.logp import CHUNK_LOGITS
+from rl.lora import add_adapter
 
 GB = 1e9
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
@@ -47,6 +48,8 @@ class Sizes:
     total: int
     active: int
     """Parameters that one token passes through: of the experts those it is sent to."""
+    adapter: int
+    """Parameters of a low-rank adapter, which are trained in place of the others; 0 is none."""
     layers: int
     hidden: int
     vocabulary: int
@@ -101,7 +104,7 @@ class Place:
         return self.room_bytes - self.used_bytes
 
 
-def sizes_of(config_file: Path) -> Sizes:
+def sizes_of(config_file: Path, lora: LoraConfig | None = None) -> Sizes:
     """Sizes of the model that a config in JSON describes. InputError for one that transformers cannot read or does not know."""
     try:
         config = AutoConfig.from_pretrained(config_file, trust_remote_code=False)
@@ -126,8 +129,8 @@ def sizes_of(config_file: Path) -> Sizes:
         sums[1] += _outputs(name, parameter, chosen) if expert else parameter.shape[0]
     kv_token, kv_split = _kv(config)
     return Sizes(
-        total=total, active=active, layers=len(layers), hidden=config.hidden_size, vocabulary=config.vocab_size,
-        heads=config.num_attention_heads, layer=max(n for n, _ in layers.values()), root=root,
+        total=total, active=active, adapter=_adapter(model, lora), layers=len(layers), hidden=config.hidden_size,
+        vocabulary=config.vocab_size, heads=config.num_attention_heads, layer=max(n for n, _ in layers.values()), root=root,
         kept_layer=max(kept for _, kept in layers.values()), kept_layers=sum(kept for _, kept in layers.values()),
         kv_token=kv_token, kv_split=kv_split, context=getattr(config, "max_position_embeddings", None),
     )  # fmt: skip
@@ -137,6 +140,14 @@ def _outputs(name: str, parameter: torch.Tensor, chosen: int) -> int:
     """Of a layer's experts for one token: gate and up, or their product and what goes down."""
     _, rows, columns = parameter.shape
     return chosen * (rows + (columns if name.endswith("down_proj") else 0))
+
+
+def _adapter(model: PreTrainedModel, lora: LoraConfig | None) -> int:
+    if lora is None:
+        return 0
+    with torch.device("meta"):
+        add_adapter(model, lora, seed=0)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _kv(config: Any) -> tuple[int, int]:
@@ -205,11 +216,16 @@ def _state(recipe: TrainRecipe, sizes: Sizes, shards: int) -> list[Part]:
     share = f"{sizes.total / 1e9:.3f}e9 parameters" + (f" / {shards}" if shards > 1 else "")
     each = sizes.total / shards
     parts = [Part(f"weights, {recipe.policy.precision}", b * each, f"{b} bytes x {share}")]
-    if b < 4:
+    if recipe.policy.lora is not None:
+        # The reference is the policy without its adapter, and frozen weights have no masters.
+        share = f"{sizes.adapter / 1e9:.3f}e9 of the adapter" + (f" / {shards}" if shards > 1 else "")
+        each = sizes.adapter / shards
+        parts.append(Part("adapter, fp32", 4 * each, f"4 bytes x {share}"))
+    elif b < 4:
         parts.append(Part("masters, fp32", 4 * each, f"4 bytes x {share}"))
     parts.append(Part("gradients, fp32", 4 * each, f"4 bytes x {share}"))
     parts.append(Part(f"two moments, {recipe.learner.optimizer.moments}", 2 * m * each, f"2 x {m} bytes x {share}"))
-    if recipe.loss.kl_coef > 0.0:
+    if recipe.loss.kl_coef > 0.0 and recipe.policy.lora is None:
         parts.append(Part("reference", b * each, f"{b} bytes x {share}"))
     return parts
 

@@ -113,7 +113,7 @@ def numbers(recipe: TrainRecipe, found: "list[Evaluation]") -> dict[str, Any]:
                 "prompts": one.prompts,
                 "samples": one.samples,
                 **{f"pass@{k}": {"value": e.value, "ci95": _finite(e.half)} for k, e in one.pass_at.items()},
-                f"maj@{one.samples}": {"value": one.maj.value, "ci95": _finite(one.maj.half)},
+                **({f"maj@{one.samples}": {"value": one.maj.value, "ci95": _finite(one.maj.half)}} if one.samples > 1 else {}),
                 "mean_length": one.mean_length,
                 "entropy": one.entropy,
                 "unscored": one.unscored,

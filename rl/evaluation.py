@@ -59,9 +59,10 @@ class Evaluation:
 
     def metrics(self, prefix: str = "eval") -> dict[str, float]:
         numbers = {f"{prefix}/pass@{k}": e.value for k, e in self.pass_at.items()}
+        if self.samples > 1:
+            numbers |= {f"{prefix}/maj@{self.samples}": self.maj.value}
         return numbers | {
             f"{prefix}/pass@1_ci95": self.pass_at[1].half,
-            f"{prefix}/maj@{self.samples}": self.maj.value,
             f"{prefix}/mean_length": self.mean_length,
             f"{prefix}/entropy": self.entropy,
             f"{prefix}/unscored": self.unscored,
@@ -178,4 +179,3 @@ def _summary(
 def _powers(samples: int) -> list[int]:
     """1, 2, 4, … and `samples` itself."""
     return sorted({*(1 << i for i in range(samples.bit_length()) if 1 << i <= samples), samples})
-

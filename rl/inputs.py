@@ -72,7 +72,10 @@ def longest_completion(recipe: TrainRecipe) -> int:
 
 def prompt_room(recipe: TrainRecipe) -> int | None:
     """Tokens that a prompt may take of the context; None is no limit. InputError if completions leave nothing."""
-    context = recipe.rollout.max_model_len or context_length(recipe.policy)
+    context, asked = context_length(recipe.policy), recipe.rollout.max_model_len
+    if context is not None and asked is not None and asked > context:
+        raise InputError(f"rollout.max_model_len: {asked} is more than the policy's context of {context} tokens")
+    context = asked or context
     answer = longest_completion(recipe)
     if context is not None and answer >= context:
         raise InputError(f"rollout.max_tokens: {answer} leaves no room for a prompt in a context of {context} tokens")
@@ -90,14 +93,14 @@ def read_prompt_sets(
 
 
 def check_judge(recipe: TrainRecipe) -> None:
-    names = [part.name for part in recipe.rewards.parts]
+    names = [part.key for part in recipe.rewards.parts]
     if recipe.eval.reward is not None and recipe.eval.reward not in names:
         raise InputError(f"eval.reward: no part named '{recipe.eval.reward}'; rewards.parts has {', '.join(names)}")
 
 
 def judge_of(recipe: TrainRecipe) -> str:
     """The part that says whether a completion is right."""
-    return recipe.eval.reward or recipe.rewards.parts[0].name
+    return recipe.eval.reward or recipe.rewards.parts[0].key
 
 
 def check_trackers(recipe: TrainRecipe) -> None:
@@ -109,6 +112,5 @@ def check_trackers(recipe: TrainRecipe) -> None:
 def check_engine(recipe: TrainRecipe) -> None:
     if recipe.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise InputError(
-            "rollout.engine: vllm is not installed; `make install` (CPU) or `make install EXTRA=gpu` brings it, "
-            "or set rollout.engine=hf"
+            "rollout.engine: vllm is not installed; `make install` (CPU) or `make install EXTRA=gpu` brings it, or set rollout.engine=hf"
         )

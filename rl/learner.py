@@ -23,8 +23,9 @@ from rl.logp import logp_and_entropy
 from rl.lora import adapter_off, has_adapter
 from rl.loss import policy_loss
 from rl.optim import AdamW, learning_rate
-from rl.policy import checkpoint_views
+from rl.policy import checkpoint_specs, checkpoint_views
 from rl.ranks import Ranks
+from rl.shard import output_head
 from rl.watch import Watch
 
 
@@ -41,8 +42,9 @@ class Learner:
         temperature: float,
         max_tokens: int,
         reference: PreTrainedModel | None = None,
-        sharded: bool = False,
+        sharded: torch.dtype | None = None,
     ):
+        """`sharded`: the model's parameters are FP32 masters spread by FSDP2, and its layers run in this type."""
         self.model = model
         self.adapter = has_adapter(model)
         assert loss.kl_coef == 0.0 or self.adapter or reference is not None, "a KL term needs a reference, or an adapter to turn off"
@@ -122,25 +124,31 @@ class Learner:
             hidden_TD = model.get_decoder()(
                 input_ids=batch.tokens_T[None], position_ids=batch.position_T[None], use_cache=False, cohort=layout_of(batch)
             ).last_hidden_state[0]
-            head = model.get_output_embeddings()
             return logp_and_entropy(
-                head, hidden_TD[batch.source_N], batch.target_N, batch.temperature, model.config.vocab_size
+                output_head(model, hidden_TD.dtype), hidden_TD[batch.source_N], batch.target_N, batch.temperature, model.config.vocab_size
             )
 
     def _reduce_gradients(self) -> None:
         """Sums gradients over ranks; sharded parameters have theirs summed by FSDP in the backward."""
-        if self.ranks.count > 1 and not self.sharded:
+        if self.ranks.count > 1 and self.sharded is None:
             for _, grad in self.optim.grads():
                 self.ranks.sum(grad)
 
     # --- what leaves it -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint needs beside the policy's tensors: the optimizer's, and an adapter's own (files have it merged)."""
-        adapter = {f"{name}/adapter": p.detach() for name, p in self.optim.parameters} if self.adapter else {}
-        return self.optim.state_dict() | adapter
+        """What a checkpoint needs beside the policy's files: the optimizer's tensors, and weights that the files do not have as they are.
+
+        Those are an adapter's, which the files have merged, and sharded masters, which the files have in the type of the layers.
+        """
+        apart = self.adapter or self.sharded is not None
+        weights = {f"{name}/weight": p.detach() for name, p in self.optim.parameters} if apart else {}
+        return self.optim.state_dict() | weights
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The policy's tensors under their checkpoint names; collective where parameters are sharded."""
-        return checkpoint_views(self.model)
+        return checkpoint_views(self.model, self.sharded)
 
+    def specs(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """Name, dtype and shape of what `export` gives; not collective."""
+        return checkpoint_specs(self.model, self.sharded)

@@ -6,13 +6,13 @@ closed in the opposite order, whatever happens.
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.completions import cut_completions
 from data.journal import Journal
@@ -20,6 +20,7 @@ from data.journal_file import InUse
 from data.prompt_stream import PromptStream
 from data.prompts import PromptSet
 from data.recipe import InputError
+from data.values import Prompt
 from rewards.scorer import Scorer
 from rl.checkpoint import check_room
 from rl.config import TrainRecipe
@@ -30,12 +31,13 @@ from rl.inputs import read_prompt_sets
 from rl.learner import Learner
 from rl.lora import add_adapter
 from rl.metrics_file import MetricsFile
-from rl.policy import DTYPES, checkpoint_specs, load_model, load_tokenizer, policy_folder
+from rl.policy import DTYPES, load_model, load_tokenizer, policy_folder
 from rl.pool import RolloutPool
 from rl.progress import Display
 from rl.ranks import Ranks
 from rl.run import Run
 from rl.run_folder import RunFolder
+from rl.shard import shard, wanted
 from rl.stream import GroupStream, SharedStream
 from rl.sync import WeightSync
 
@@ -61,12 +63,16 @@ def open_run(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks) -> Iterator[R
 def _open(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks, stack: ExitStack) -> Run:
     torch.set_num_threads(recipe.learner.threads or min(os.cpu_count() or 1, 16))
     assert recipe.policy.path is not None
+    if ranks.main and recipe.rollout.engine == "vllm":
+        preload()  # importing vllm takes ten seconds; it goes on beside what follows
     source = policy_folder(recipe.policy.path, recipe.policy.revision)
     tokenizer = load_tokenizer(source)
     run = Run(recipe, folder, ranks, tokenizer)
     prompts, held_out, longest = _prompts(recipe, tokenizer) if ranks.main else (None, None, 0)
     run.start = run.checkpoints.newest() or 0
     run.learner = _learner(run, source)
+    for read in (prompts, held_out):
+        _check_vocabulary(read.prompts if read else (), run)
     if ranks.main:
         _check_room(run)
         folder.claim()
@@ -97,23 +103,42 @@ def _prompts(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[P
 
 def _learner(run: Run, source: Path) -> Learner:
     """The learner with the weights of the newest checkpoint, or of the policy."""
-    recipe = run.recipe
-    dtype = DTYPES[recipe.policy.precision]
+    recipe, ranks = run.recipe, run.ranks
+    compute = DTYPES[recipe.policy.precision]
+    sharded = compute if wanted() else None
+    if sharded is not None and recipe.policy.lora is not None:
+        raise InputError("policy.lora: adapters with FSDP are not there yet; launch without it, or train all weights")
+
+    def load(folder: Path) -> PreTrainedModel:
+        model = load_model(folder, torch.float32 if sharded is not None else compute)  # what is sharded are the FP32 masters
+        if sharded is not None:
+            shard(model, ranks, compute)
+        return model.to(ranks.device)
+
     # With an adapter a checkpoint's weights are merged; base weights and adapter are read apart.
-    own = run.start and recipe.policy.lora is None
-    model = load_model(run.checkpoints.path(run.start) if own else source, dtype).to(run.ranks.device)
+    model = load(run.checkpoints.path(run.start) if run.start and recipe.policy.lora is None else source)
     if recipe.policy.lora is not None:
         add_adapter(model, recipe.policy.lora, recipe.run.seed)
     reference = None
     if recipe.loss.kl_coef > 0.0 and recipe.policy.lora is None:
-        reference = load_model(source, dtype).to(run.ranks.device).requires_grad_(False)
+        reference = load(source).requires_grad_(False)
     if recipe.policy.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # transformers recomputes in training mode alone; dropout is checked in the attention
     return Learner(
-        model, recipe.loss, recipe.learner, run.ranks,
+        model, recipe.loss, recipe.learner, ranks, sharded=sharded,
         temperature=recipe.rollout.temperature, max_tokens=recipe.rollout.max_tokens, reference=reference,
     )  # fmt: skip
+
+
+def _check_vocabulary(prompts: Sequence[Prompt], run: Run) -> None:
+    tokens = run.learner.model.config.vocab_size
+    for prompt in prompts:
+        if prompt.token_ids.max() >= tokens:
+            raise InputError(
+                f"policy.path: prompt '{prompt.id}' has token {prompt.token_ids.max()}, the policy knows tokens 0 to {tokens - 1}: "
+                "tokenizer and weights do not belong together; save them together with save_pretrained"
+            )
 
 
 def _check_room(run: Run) -> None:
@@ -126,10 +151,14 @@ def _check_room(run: Run) -> None:
 
 def _manifest(learner: Learner, source: Path) -> dict[str, TensorSpec]:
     """What every weight update has to bring: all that the policy's files hold, as the learner has it."""
-    manifest = {name: TensorSpec(dtype, shape) for name, dtype, shape in checkpoint_specs(learner.model)}
+    manifest = {name: TensorSpec(dtype, shape) for name, dtype, shape in learner.specs()}
     for name, spec in read_manifest(source).items():
         if name not in manifest or manifest[name].shape != spec.shape:
-            has = f"has shape {manifest[name].shape} in the model" if name in manifest else "is no tensor of the model that transformers made of it"
+            has = (
+                f"has shape {manifest[name].shape} in the model"
+                if name in manifest
+                else "is no tensor of the model that transformers made of it"
+            )
             raise InputError(f"policy.path: {source}: {name}, of shape {spec.shape}, {has}; the engines would keep their own")
     return manifest
 

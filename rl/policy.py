@@ -25,7 +25,7 @@ from rl import attention
 from rl.lora import adapter_layers, base_name, merge
 
 logging.disable_progress_bar()  # the display is ours
-# The table of what is wrong with weights: `load_model` says it in a line. (A level would make it complain about tensor parallelism.)
+# The table of what is wrong with weights: `load_model` says it in a line. (A level would make it warn of tensor parallelism.)
 logging.get_logger("transformers.modeling_utils").addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -85,8 +85,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved with a policy; raises InputError where there is none or it has no end or pad token."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"policy.path: no tokenizer in '{path}': {' '.join(str(error).split())}") from None
+    except Exception as error:  # noqa: BLE001 - tokenizers raises nothing narrower for a file that it cannot read
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(
+            f"policy.path: cannot read the tokenizer in '{path}' ({said}); save it again with tokenizer.save_pretrained"
+        ) from None
     for role in ("eos", "pad"):
         if getattr(tokenizer, f"{role}_token_id") is None:
             raise InputError(
@@ -96,11 +99,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def end_tokens(model_config: object, tokenizer: PreTrainedTokenizerBase, generation_eos: object) -> tuple[int, ...]:
+def end_tokens(model_config: object, tokenizer: PreTrainedTokenizerBase, generation_eos: int | list[int] | None) -> tuple[int, ...]:
     """Token ids that end a completion: the generation config's, the model config's and the tokenizer's."""
     found: set[int] = set()
     for value in (generation_eos, getattr(model_config, "eos_token_id", None), tokenizer.eos_token_id):
-        found.update([] if value is None else [value] if isinstance(value, int) else list(value))  # type: ignore[call-overload]
+        found.update([] if value is None else [value] if isinstance(value, int) else value)
     return tuple(sorted(found))
 
 
@@ -132,19 +135,25 @@ def expert_views(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.T
             yield f"{stem}.{index}.down_proj.weight", expert
 
 
-def checkpoint_views(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a checkpoint as a view into the model; with sharded parameters a collective that gathers one at a time."""
+def checkpoint_views(model: torch.nn.Module, cast: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a checkpoint as a view into the model; sharded parameters are gathered, one at a time, which is collective.
+
+    `cast` gives parameters in another type, as new tensors; buffers keep theirs.
+    """
     for name, tensor in persistent_tensors(model):
-        local = tensor.detach()
-        if isinstance(local, DTensor):
-            local = local.full_tensor()
-        yield from expert_views(name, local)
+        whole = tensor.detach()
+        if isinstance(whole, DTensor):
+            whole = whole.full_tensor()
+        if cast is not None and isinstance(tensor, torch.nn.Parameter):
+            whole = whole.to(cast)
+        yield from expert_views(name, whole)
 
 
-def checkpoint_specs(model: torch.nn.Module) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+def checkpoint_specs(model: torch.nn.Module, cast: torch.dtype | None = None) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Name, dtype and shape of every tensor of a checkpoint; gathers nothing."""
     for name, tensor in persistent_tensors(model):
-        for inner, view in expert_views(name, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")):
+        kind = cast if cast is not None and isinstance(tensor, torch.nn.Parameter) else tensor.dtype
+        for inner, view in expert_views(name, torch.empty(tensor.shape, dtype=kind, device="meta")):
             yield inner, str(view.dtype).removeprefix("torch."), tuple(view.shape)
 
 

@@ -46,7 +46,7 @@ class Ranks:
             try:
                 groups = list(make())
                 payload = encode_groups(groups)
-            except BaseException as error:  # whatever ends rank 0 has to end the others
+            except BaseException as error:  # noqa: BLE001 -- whatever ends rank 0 has to end the others
                 failure = error
                 payload = json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode(), []
         header, flat = self._broadcast(payload)

@@ -18,7 +18,9 @@ def report(folder: Path, result: dict[str, Any], again: bool) -> str:
             console.print(f"nothing was learned: none of {groups:.0f} groups had rewards that differ, so every advantage is 0")
         else:
             console.print(f"{trained:.0f} of {groups:.0f} groups taught something")
-        finished = "finished before; this is its result again" if again else f"finished: {result['steps']} steps in {result['seconds']:.0f} s"
+        finished = (
+            "finished before; this is its result again" if again else f"finished: {result['steps']} steps in {result['seconds']:.0f} s"
+        )
         console.print(f"{folder}: {finished}")
         console.print(f"  the policy: {folder / 'final'}   metrics: {folder / 'metrics.jsonl'}   completions: {folder / 'completions'}")
         console.print(f"  load it: AutoModelForCausalLM.from_pretrained('{folder / 'final'}'), or  vllm serve {folder / 'final'}")
@@ -28,7 +30,7 @@ def report(folder: Path, result: dict[str, Any], again: bool) -> str:
 def _table(before: dict[str, float], after: dict[str, float]) -> Table:
     table = Table("held-out prompts", "before", "after", title_justify="left")
     for name in after:
-        if name.endswith("_ci95"):
+        if name.endswith("_ci95") or (name.endswith("/unscored") and not after[name] and not before.get(name)):
             continue
         label = name.removeprefix("eval/")
         table.add_row(label, _cell(name, before), _cell(name, after))

@@ -132,7 +132,9 @@ class Run:
             if self.held_out:
                 row |= self.evaluate(0, greedy=True)
                 pass_1 = 100 * row["eval/pass@1"]
-                self.display.say(f"before: held-out pass@1 {pass_1:.1f} % ± {100 * row['eval/pass@1_ci95']:.1f} ({len(self.held_out)} prompts)")
+                self.display.say(
+                    f"before: held-out pass@1 {pass_1:.1f} % ± {100 * row['eval/pass@1_ci95']:.1f} ({len(self.held_out)} prompts)"
+                )
             self.metrics.write(row)
         self.step_began = time.perf_counter()
 

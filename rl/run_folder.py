@@ -46,7 +46,7 @@ class RunFolder:
         try:
             there = yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8"))
         except yaml.YAMLError:
-            raise InputError(f"{self.path / 'recipe.yaml'}: not valid YAML, so whose folder it is cannot be said; {way_out}") from None
+            raise InputError(f"{self.path / 'recipe.yaml'}: not valid YAML, so nobody knows whose it is; {way_out}") from None
         different = _difference(self._fixed(there), self._fixed(yaml.safe_load(resolved_yaml(self.recipe))))
         if different is not None:
             raise InputError(

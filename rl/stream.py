@@ -94,8 +94,8 @@ class GroupStream:
         """Groups of the next `count` prompts, sampled and scored, in the order of the prompts.
 
         With `rollout.resample_zero_groups` further prompts are taken for groups that teach nothing, in at most `max_resamples` rounds;
-        if fewer than `count` teach then, those are the step. A prompt whose groups could not be scored within `rollout.max_resamples` is left out. Raises RunStopped if none is left or
-        too many scores failed, EngineDead if an engine died.
+        if fewer than `count` teach then, those are the step. A prompt whose groups could not be scored within `rollout.max_resamples`
+        is left out. Raises RunStopped if none is left or too many scores failed, EngineDead if an engine died.
         """
         now = _Step()
         self.scorer.metrics()  # those of an evaluation since the last step
@@ -222,14 +222,12 @@ class GroupStream:
             self.journal.use(group.attempt.group_id, self.step, FAILED)
             return
         position = group.attempt.slot.position
-        now.groups[position] = Group(
-            group.attempt.group_id, group.prompt, group.attempt.attempt, completions, tuple(scores)
-        )
+        now.groups[position] = Group(group.attempt.group_id, group.prompt, group.attempt.attempt, completions, tuple(scores))
 
     # --- what a step says of itself -----------------------------------------------------------------------------------
 
     def _check_errors(self, now: _Step) -> None:
-        """Stops as soon as it is certain that too many scores of the round fail: a function that hangs would take hours to its end."""
+        """Stops as soon as too many scores of the round have failed for certain: a function that hangs would take hours."""
         failed = sum(score.status in ("timeout", "error") for score in now.scores)
         if failed > self.max_error_rate * now.expected:
             raise RunStopped(
@@ -239,8 +237,9 @@ class GroupStream:
 
     def _count(self, now: _Step) -> dict[str, float]:
         handed = self.handed
-        # What functions log by `log_metric` comes first, so that a name of ours stays ours.
-        return self.scorer.metrics() | group_metrics(handed) | {
+        numbers = self.scorer.metrics()  # first, so that no name given to `log_metric` hides one of ours
+        numbers |= group_metrics(handed)
+        return numbers | {
             "groups/sampled": len(handed) + now.failed + now.zero,
             "groups/zero_advantage": sum(not teaches(group) for group in handed) + now.zero,
             "groups/failed": now.failed,
@@ -270,9 +269,7 @@ class SharedStream:
         return self.ranks.groups(lambda: self.stream.next(count))
 
 
-def job_of(
-    prompt: Prompt, group_id: str, completions: Sequence[Completion], text: Callable[[Completion], str], step: int
-) -> ScoreJob:
+def job_of(prompt: Prompt, group_id: str, completions: Sequence[Completion], text: Callable[[Completion], str], step: int) -> ScoreJob:
     """What reward functions are told of a group."""
     ids = [c.token_ids for c in completions]
     return ScoreJob.of(prompt, group_id, [text(c) for c in completions], ids, step)

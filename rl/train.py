@@ -89,8 +89,11 @@ def run_training(recipe: TrainRecipe, folder: RunFolder) -> int:
 
 def _note(folder: RunFolder, code: int, reason: str, result: dict[str, Any] | None = None) -> None:
     if main_rank():
-        folder.path.mkdir(parents=True, exist_ok=True)
-        folder.write_exit(code, reason, result)
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            folder.write_exit(code, reason, result)
+        except OSError as error:  # a full disk, say: the reason itself is about to be printed, and must not be lost for it
+            print(f"{folder.path}: cannot write exit.json: {error.strerror}", file=sys.stderr)
 
 
 def _report(folder: RunFolder, result: dict[str, Any], again: bool = False) -> int:

@@ -35,9 +35,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def init_policy(
-    architecture: dict[str, Any], tokenizer: TokenizerKind, seed: int
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def init_policy(architecture: dict[str, Any], tokenizer: TokenizerKind, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A float32 model with random weights that depend on the seed alone, and its tokenizer.
 
     `architecture` holds `model_type` and any field of that transformers config; vocabulary and special tokens come from the

@@ -40,7 +40,12 @@ class NoFloat32(TorchFunctionMode):
 
 
 def make_groups(
-    rewards: Sequence[Sequence[float | None]], *, seed: int = 0, vocab_size: int = 64, truncate: bool = False, prompt_tokens: int | None = None
+    rewards: Sequence[Sequence[float | None]],
+    *,
+    seed: int = 0,
+    vocab_size: int = 64,
+    truncate: bool = False,
+    prompt_tokens: int | None = None,
 ) -> list[Group]:
     """One group for each row of rewards; lengths 1 to MAX_TOKENS, some tokens of turns the policy did not write."""
     rng = np.random.default_rng(seed)
@@ -88,9 +93,7 @@ def near(groups: list[Group], policy: Path, spread: float = 0.3) -> list[Group]:
 
 def reference_model(policy: Path, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """transformers as it comes: padded rows, its own attention, experts one by one."""
-    return AutoModelForCausalLM.from_pretrained(
-        policy, dtype=dtype, attn_implementation="sdpa", experts_implementation="eager"
-    ).eval()
+    return AutoModelForCausalLM.from_pretrained(policy, dtype=dtype, attn_implementation="sdpa", experts_implementation="eager").eval()
 
 
 def padded_logp(model: PreTrainedModel, prompt: Prompt, completion: Completion) -> torch.Tensor:

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import rl.train
 import sft.train
@@ -98,7 +100,7 @@ class Inputs:
         """The same for `sft.train`."""
         self.module = sft.train
         (self.folder / "rows.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n')
-        del self.recipe["prompts"], self.recipe["rollout"], self.recipe["rewards"], self.recipe["learner"], self.recipe["checkpoint"]
+        self.recipe = {name: self.recipe[name] for name in ("run", "policy")}
         self.recipe |= {"data": {"path": "rows.jsonl"}, "sft": {"steps": 1, "batch_size": 1, "lr": 0.001}}
         self.write_recipe()
 
@@ -185,6 +187,16 @@ def a_section_that_is_missing(inputs):
     inputs.write_recipe()
 
 
+@bad("learner.lr", "finite number", early=True)
+def a_number_without_end(inputs):
+    inputs.set("learner.lr=1e999")
+
+
+@bad("run.seed", "less than 4294967296", early=True)
+def a_seed_that_no_generator_takes(inputs):
+    inputs.set("run.seed=4294967296")
+
+
 @bad("run.name", '"../up"', early=True)
 def a_name_that_leaves_the_output_folder(inputs):
     inputs.set("run.name=../up")
@@ -238,9 +250,9 @@ def a_reward_that_is_not_known(inputs):
     inputs.set("rewards.parts=[{name: mth}]")
 
 
-@bad("rewards.parts[0].name", "'judge'", "does not have it yet", early=True)
-def a_reward_that_is_not_there_yet(inputs):
-    inputs.set("rewards.parts=[{name: judge}]")
+@bad("rewards.normalize", '"z_score"', "'none' or 'group'", early=True)
+def a_normalisation_that_is_not_known(inputs):
+    inputs.set("rewards.normalize=z_score")
 
 
 @bad("rewards.parts[0].options", "math_answer has no option 'strict'", early=True)
@@ -328,6 +340,16 @@ def a_completion_that_is_longer_than_the_context(inputs):
     inputs.set("rollout.max_tokens=64")
 
 
+@bad("rollout.max_model_len: 100", "context of 64 tokens")
+def a_context_that_is_longer_than_the_policys(inputs):
+    inputs.set("rollout.max_model_len=100")
+
+
+@bad("prompts.jsonl:2: the prompt holds half a surrogate pair", "skip_bad")
+def a_prompt_that_is_cut_in_the_middle_of_a_character(inputs):
+    inputs.rows({"prompt": "1+1="}, '{"prompt": "smile: \\ud83d"}')
+
+
 @bad("other.jsonl: no such file", "working folder")
 def a_file_of_held_out_prompts_that_is_not_there(inputs):
     inputs.set("eval.prompts={path: other.jsonl}")
@@ -368,7 +390,7 @@ def a_policy_whose_config_is_cut_short(inputs):
     config.write_text(config.read_text()[:100])
 
 
-@bad("policy.path: no tokenizer in 'policy'")
+@bad("policy.path: cannot read the tokenizer in 'policy'", "JSON", "tokenizer.save_pretrained")
 def a_policy_whose_tokenizer_is_cut_short(inputs):
     tokenizer = inputs.own_policy() / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text()[:100])
@@ -390,6 +412,20 @@ def a_chat_for_a_tokenizer_without_a_chat_template(inputs):
 def a_policy_whose_weights_are_cut_short(inputs):
     weights = inputs.own_policy() / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:10_000])
+
+
+@bad("policy.path: cannot read the tokenizer in 'policy'", "variant", "tokenizer.save_pretrained")
+def a_policy_whose_tokenizer_is_of_another_make(inputs):
+    path = inputs.own_policy() / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": {"type": "NoSuchModel"}}))
+
+
+@bad("policy.path: prompt 'prompts-1' has token", "tokens 0 to 9", "save them together")
+def a_tokenizer_of_another_policy(inputs):
+    folder = inputs.own_policy()
+    config = AutoConfig.from_pretrained(folder)
+    config.vocab_size = 10
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 @bad("policy.path: cannot load 'policy'", "model.layers.1.", "missing", "save_pretrained")
@@ -521,7 +557,7 @@ def an_output_folder_of_sft_that_is_a_file(inputs):
 
 
 def another_process_locks(journal: Path) -> subprocess.Popen[str]:
-    code = "import sys; from data.journal import Journal; journal = Journal(sys.argv[1]); print('open', flush=True); sys.stdin.read()"
+    code = "import sys; from data.journal import Journal; held = Journal(sys.argv[1]); print('open', flush=True); sys.stdin.read()"
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(journal)], cwd=CHECKOUT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -613,3 +649,54 @@ def test_libraries_add_no_line_of_theirs_to_a_mistake_that_is_found_late(tmp_pat
     )]  # fmt: skip
     for name, (code, lines) in run_all(late, [], tmp_path, policy).items():
         assert code == 2 and len(lines) == 1, f"{name}: {lines}"
+
+
+# --- what is found only in the middle of a run ------------------------------------------------------------------------
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_one_line(inputs, capfd):
+    from rl import policy  # loads torch
+
+    written = []
+
+    def save_file(tensors, path, metadata):
+        written.append(path)
+        if len(written) == 2:
+            Path(path).write_bytes(b"as much as there was room for")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        return real(tensors, path, metadata)
+
+    real = policy.save_file
+    inputs.patch.setattr(policy, "save_file", save_file)
+    inputs.set("learner.steps=2", "checkpoint.every=1")
+    assert inputs.main() == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "no space for the checkpoint of step 2" in line and "step-1, is intact" in line
+    assert [path.name for path in (inputs.run_folder / "checkpoints").iterdir()] == ["step-1"]
+    assert json.loads((inputs.run_folder / "exit.json").read_text())["reason"] == line
+
+    inputs.patch.setattr(policy, "save_file", real)
+    assert inputs.main() == 0
+    steps = [json.loads(text)["step"] for text in (inputs.run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2]
+
+
+def test_a_reward_that_fails_stops_the_run_once_too_much_has_failed_for_certain_and_can_be_mended(inputs, capfd):
+    inputs.rows(*({"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(8)))
+    inputs.plugin("def mine(completions, **kwargs):\n    raise RuntimeError('no connection')\n")
+    inputs.set("learner.prompts_per_step=8", "rewards.max_error_rate=0.2")
+    assert inputs.main() == 1
+    errors = capfd.readouterr().err
+    # 8 groups of 2 give 16 scores, 3 may fail: the second group that fails decides it, and nobody waits for the other six.
+    assert errors.startswith("outputs/bad: step 0: 4 of 16 scores failed already, more than rewards.max_error_rate 0.2 allows; ")
+    assert "RuntimeError: no connection (plugin.py:2)" in errors
+    # Mended, the same command goes on: failures that the journal holds are no verdicts.
+    (inputs.folder / "plugin.py").write_text("def mine(completions, **kwargs):\n    return [1.0 for _ in completions]\n")
+    assert inputs.main() == 0
+
+
+def test_prompts_that_no_reward_can_judge_stop_the_run_with_that_reason(inputs, capfd):
+    inputs.rows({"prompt": "1+1="}, {"prompt": "2+2="})
+    assert inputs.main() == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "none of 1 groups got two scores" in line and "could be judged by math_answer" in line

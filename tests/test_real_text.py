@@ -1,7 +1,7 @@
 """Real text: GSM8K, its columns mapped, a chat template, byte tokens, and a tiny policy of random weights.
 
-Nothing it writes is right, so nothing can be learned from right and wrong: the run has to say so, end well, leave every weight as it
-was and account for every token. A reward that tells bad from worse (the share of digits) does rise, by the same road.
+Nothing it writes is right, so nothing can be learned from right and wrong: the run has to say so, end well, leave every weight as
+it was and account for every token. A reward that tells bad from worse (the share of digits) does rise, by the same road.
 """
 
 import json
@@ -87,7 +87,7 @@ def test_where_nothing_is_right_nothing_is_learned_and_the_run_says_so(tmp_path,
 
     before, after = load_file(policy / "model.safetensors"), load_file(tmp_path / "gsm8k" / "final" / "model.safetensors")
     assert before.keys() == after.keys()
-    assert all(bytes(before[name].numpy().tobytes()) == after[name].numpy().tobytes() for name in before)
+    assert all(before[name].numpy().tobytes() == after[name].numpy().tobytes() for name in before)
 
 
 @pytest.mark.slow
@@ -98,12 +98,12 @@ def test_a_reward_that_tells_bad_from_worse_rises(tmp_path, tmp_path_factory, po
         tmp_path, policy, test_data,
         rollout={"engine": "hf", "group_size": 8},
         rewards={"plugins": [f"{plugin}:digits"], "parts": [{"name": "digits"}]},
-        learner={"steps": 12},
+        learner={"steps": 12, "lr": 5e-3},
     )  # fmt: skip
     printed, rows = train(tmp_path, values)
     rewards = [row["reward"] for row in rows]
     assert rewards[0] < 0.1, "random bytes are digits in 1 of 26"
-    assert fmean(rewards[-3:]) > 0.3
+    assert fmean(rewards[-3:]) > 0.3, rewards  # 0.6 where this was written
     assert "nothing was learned" not in printed
 
     with Journal(tmp_path / "gsm8k" / "journal.sqlite", read_only=True) as journal:

@@ -1,4 +1,4 @@
-"""Reward functions written for trl, in files outside the repository and unchanged, score a run; what they log stands in its metrics.
+"""Reward functions written for trl, in files outside the repository and unchanged, score a run; what they log is in its metrics.
 
 The three files are as trl's documentation has them: completions and `**kwargs` alone; everything that trl hands over, a column of
 the data set among it; and an async function that waits.
@@ -18,10 +18,10 @@ from sft.init import init_policy
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
-PLAIN = '''
+PLAIN = """
 def share_of_digits(completions, **kwargs):
     return [sum(c.isdigit() for c in completion) / max(1, len(completion)) for completion in completions]
-'''
+"""
 
 EVERYTHING = '''
 def near_the_answer(prompts, completions, completion_ids, answer, trainer_state, log_metric=None, log_extra=None, **kwargs):
@@ -39,7 +39,7 @@ def near_the_answer(prompts, completions, completion_ids, answer, trainer_state,
     return [reward + trainer_state.global_step for reward in rewards]
 '''
 
-ASYNC = '''
+ASYNC = """
 import asyncio
 
 
@@ -49,7 +49,10 @@ async def length_limit(prompts, completions, completion_ids, **kwargs):
         return None if not completion else float(len(ids) < 6)
 
     return await asyncio.gather(*(one(c, i) for c, i in zip(completions, completion_ids)))
-'''
+"""
+
+FUNCTIONS = {"plain.py:share_of_digits": 1.0, "everything.py:near_the_answer": 0.5, "waits.py:length_limit": 0.1}
+"""Where each is, and its weight."""
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +65,9 @@ def run_folder(tmp_path_factory) -> Path:
         (outside / f"{name}.py").write_text(text)
     model, tokenizer = init_policy(
         {
-            "model_type": "qwen3_moe", "num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2,
-            "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "intermediate_size": 64,
-            "max_position_embeddings": 64,
+            "model_type": "qwen3_moe", "num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+            "intermediate_size": 64, "max_position_embeddings": 64,
         }, "characters", seed=0,
     )  # fmt: skip
     for part in (model, tokenizer):
@@ -75,10 +78,8 @@ def run_folder(tmp_path_factory) -> Path:
         "prompts": {"task": "arithmetic"},
         "rollout": {"engine": "hf", "group_size": 4, "max_tokens": 8},
         "rewards": {
-            "plugins": [
-                f"{outside}/plain.py:share_of_digits", f"{outside}/everything.py:near_the_answer", f"{outside}/waits.py:length_limit"
-            ],
-            "parts": [{"name": "share_of_digits"}, {"name": "near_the_answer", "weight": 0.5}, {"name": "length_limit", "weight": 0.1}],
+            "plugins": [f"{outside}/{function}" for function in FUNCTIONS],
+            "parts": [{"name": name.partition(":")[2], "weight": weight} for name, weight in FUNCTIONS.items()],
             "max_error_rate": 0.0,
         },
         "learner": {"steps": 2, "prompts_per_step": 2, "lr": 1e-3, "warmup_steps": 0, "threads": 1},
@@ -127,7 +128,7 @@ def test_what_a_function_logs_stands_in_the_row_of_its_step(rows, completions):
 
 
 def test_the_reward_is_their_weighted_sum(completions):
+    weights = {name.partition(":")[2]: weight for name, weight in FUNCTIONS.items()}
     for r in (r for step in completions for r in step):
         parts = json.loads(r["parts"])
-        weights = {"share_of_digits": 1.0, "near_the_answer": 0.5, "length_limit": 0.1}
         assert r["reward"] == pytest.approx(sum(weights[name] * value for name, value in parts.items() if value is not None))

@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,7 +25,6 @@ ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "PYTHONHASHSEED": "0",  # the order of a set must not decide a reward
     "PYTHONUTF8": "1",
-    "PYTHONDONTWRITEBYTECODE": "1",
 }
 
 
@@ -37,6 +37,8 @@ class Confinement:
     """What programs may read."""
     landlock: int
     """Version, 0 for none."""
+    others: int = 0
+    """Processes and threads that this user has beside, where the kernel counts them with those of programs."""
 
 
 def confine(how: Confinement, limits: Limits, folder: str) -> None:
@@ -47,7 +49,9 @@ def confine(how: Confinement, limits: Limits, folder: str) -> None:
         # One more user namespace: the kernel counts processes in each, so that one program's bomb does not take another's share.
         kernel.unshare(kernel.CLONE_NEWUSER)
     os.chdir(folder)
-    set_limits(limits, processes=how.backend != "landlock")
+    # All programs share one count there: this stops a bomb, the server finds out whose it is.
+    processes = how.others + 8 * limits.processes if how.backend == "landlock" else limits.processes
+    set_limits(limits, processes)
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
     if how.landlock:
         readable = [*how.paths, *([] if how.backend == "landlock" else ["/proc"])]
@@ -62,8 +66,8 @@ def confine(how: Confinement, limits: Limits, folder: str) -> None:
     kernel.set_seccomp(seccomp.filter_program(os.uname().machine, weak, signals))
 
 
-def set_limits(limits: Limits, processes: bool) -> None:
-    """The rlimits. `processes`: not where the kernel would count other processes of this user too."""
+def set_limits(limits: Limits, processes: int) -> None:
+    """The rlimits; `processes`: how many this user may have."""
     megabytes = 1 << 20
     values: Mapping[int, int] = {
         resource.RLIMIT_AS: limits.memory_mb * megabytes,
@@ -74,7 +78,8 @@ def set_limits(limits: Limits, processes: bool) -> None:
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
-    } | ({resource.RLIMIT_NPROC: limits.processes} if processes else {})
+        resource.RLIMIT_NPROC: processes,
+    }
     for which, value in values.items():
         hard = resource.getrlimit(which)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
@@ -94,10 +99,11 @@ def clean_process(folder: str) -> None:
     os.setsid()
     kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
     os.umask(0o022)
+    tempfile.tempdir = None  # the server's
     os.environ["HOME"] = os.environ["TMPDIR"] = folder
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         fd = {"stdin": 0, "stdout": 1, "stderr": 2}[name]
         errors = "backslashreplace" if name == "stderr" else "surrogateescape"
-        stream = open(fd, mode, encoding="utf-8", errors=errors, closefd=False, buffering=1 if name == "stderr" else -1)  # noqa: SIM115
+        stream = open(fd, mode, encoding="utf-8", errors=errors, closefd=False, buffering=1 if name == "stderr" else -1)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)

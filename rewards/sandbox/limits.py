@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 BACKENDS = ("namespaces", "bubblewrap", "landlock")
 """From the default to the weaker; bubblewrap is used where it is asked for."""
+REQUEST_BYTES = 1 << 14
+"""Of a message between judge and server."""
 
 
 class SandboxError(Exception):

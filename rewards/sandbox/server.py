@@ -5,7 +5,7 @@ on one socket to the judge and carry the job's number. When the judge is gone, b
 here.
 
 In `namespaces` the server is process 1 of a process id namespace, and each program of one of its own inside: the kernel ends all of a
-program with its first process. Elsewhere the server is told of orphans (it is their subreaper) and ends them itself.
+program with its first process. Elsewhere orphans come to the server (it is their subreaper), and it ends them.
 """
 
 import gc
@@ -17,17 +17,17 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from rewards.sandbox import confine, folders, kernel, processes
-from rewards.sandbox.limits import Limits
+from rewards.sandbox import bubblewrap, confine, folders, kernel, processes, program, semaphores
+from rewards.sandbox.limits import REQUEST_BYTES, Limits
 
 _TICK_S = 0.05
-_REQUEST_BYTES = 1 << 16
 _WARM = (
     "abc", "array", "bisect", "collections", "copy", "dataclasses", "datetime", "decimal", "enum", "fractions", "functools", "heapq",
-    "io", "itertools", "json", "math", "operator", "random", "re", "statistics", "string", "sys", "threading", "traceback", "typing",
+    "io", "itertools", "json", "math", "operator", "random", "re", "statistics", "string", "threading", "typing", "_multiprocessing",
 )  # fmt: skip
 """What programs often import; a fork has it for nothing."""
 
@@ -42,23 +42,26 @@ class _Running:
     folder: str
     began: float = field(default_factory=time.monotonic)
     ended_by: str = ""
-    """The limit it was killed for: `timeout`, `memory`, `processes`; `stopped` where the judge has no more use for it."""
+    """The limit it was killed for, or `stopped` where the judge had no more use for it."""
 
 
 class Server:
-    def __init__(self, control: socket.socket, how: confine.Confinement, server_command: list[str]) -> None:
+    """`own_pids`: a descriptor of the process id namespace that it is in, for `namespaces`."""
+
+    def __init__(self, control: socket.socket, how: confine.Confinement, own_pids: int) -> None:
         self._control = control
         self._how = how
-        self._launcher = server_command
+        self._own_pids = own_pids
         self._running: dict[int, _Running] = {}
         """By the descriptor of its process."""
         self._poll = select.poll()
-        self._own_pids = os.open("/proc/self/ns/pid", os.O_RDONLY) if how.backend == "namespaces" else -1
 
     def serve(self) -> None:
         """Returns when the judge is gone and nothing is left of any job."""
         for name in _WARM:
             importlib.import_module(name)
+        if self._how.backend == "landlock":
+            semaphores.install()
         gc.freeze()  # or the first collection in each fork would copy every page
         self._poll.register(self._control, select.POLLIN)
         next_watch = 0.0
@@ -68,14 +71,16 @@ class Server:
                     self._ended(fd)
                 elif not self._request():
                     return self._stop()
-            now = time.monotonic()
-            if self._running and now >= next_watch:
-                self._watch(now)
+            if self._running and time.monotonic() >= next_watch:
+                self._watch()
                 next_watch = time.monotonic() + _TICK_S
 
     def _request(self) -> bool:
         """Takes one request; False if the judge is gone."""
-        message, fds, _, _ = socket.recv_fds(self._control, _REQUEST_BYTES, 8)
+        try:
+            message, fds, _, _ = socket.recv_fds(self._control, REQUEST_BYTES, 8)
+        except ConnectionResetError:
+            return False
         if not message:
             return False
         request = json.loads(message)
@@ -94,14 +99,113 @@ class Server:
             pid = self._fork()
         except OSError as error:
             folders.remove(folder)
-            return self._reply({"id": request["id"], "failed": f"fork: {error}"})
-        finally:
-            if not self._is_child():
-                pass
-        if pid == 0:
-            run_child(self._how, self._launcher, limits, folder, fds)
+            self._reply({"id": request["id"], "failed": f"fork: {error}"})
+        else:
+            if not pid:
+                run_job(self._how, limits, folder, fds)
+            pidfd = os.pidfd_open(pid)
+            self._running[pidfd] = _Running(request["id"], pid, limits, folder)
+            self._poll.register(pidfd, select.POLLIN)
         for fd in fds:
             os.close(fd)
-        pidfd = os.pidfd_open(pid)
-        self._running[pidfd] = _Running(request["id"], pid, limits, folder)
-        self._poll.register(pidfd, select.POLLIN)
+
+    def _fork(self) -> int:
+        """Forks; the child is process 1 of a new namespace where there are any."""
+        if self._own_pids < 0:
+            return os.fork()
+        kernel.unshare(kernel.CLONE_NEWPID)
+        pid = -1
+        try:
+            pid = os.fork()
+        finally:
+            if pid:
+                kernel.setns(self._own_pids, kernel.CLONE_NEWPID)  # or there could be no second one
+        return pid
+
+    def _ended(self, pidfd: int) -> None:
+        self._poll.unregister(pidfd)
+        os.close(pidfd)
+        running = self._running.pop(pidfd)
+        _, status, usage = os.wait4(running.pid, 0)
+        if self._own_pids < 0:
+            self._end_orphans()
+        folders.remove(running.folder)
+        self._reply(
+            {
+                "id": running.number,
+                "status": os.waitstatus_to_exitcode(status),
+                "by_bubblewrap": self._how.backend == "bubblewrap",
+                "ended_by": running.ended_by,
+                "wall_s": time.monotonic() - running.began,
+                "cpu_s": usage.ru_utime + usage.ru_stime,
+            }
+        )
+
+    def _watch(self) -> None:
+        """Kills what is over a limit that the kernel does not hold for us."""
+        by_parent = processes.children()
+        for running in self._running.values():
+            elapsed = time.monotonic() - running.began
+            pids = processes.tree(running.pid, by_parent)
+            if elapsed > running.limits.wall_s:
+                self._kill(running, "timeout")
+            elif len(pids) > running.limits.processes + 2:  # bubblewrap has two of its own
+                self._kill(running, "processes")
+            elif len(pids) > 1 and processes.memory(pids) > running.limits.memory_mb << 20:
+                self._kill(running, "memory")
+            elif self._how.backend == "landlock" and folders.is_over(running.folder, running.limits.files_mb << 20):
+                self._kill(running, "files")
+
+    def _kill(self, running: _Running, why: str) -> None:
+        running.ended_by = running.ended_by or why
+        if self._own_pids >= 0:
+            os.kill(running.pid, signal.SIGKILL)
+        else:
+            processes.kill_trees([running.pid])
+
+    def _end_orphans(self) -> None:
+        """Ends what programs left: children of the server that are no job's first process."""
+        while True:
+            jobs = {running.pid for running in self._running.values()}
+            orphans = [pid for pid in processes.children().get(os.getpid(), []) if pid not in jobs]
+            if not orphans:
+                return
+            processes.kill_trees(orphans)
+            for pid in orphans:
+                os.waitpid(pid, 0)
+
+    def _stop(self) -> None:
+        for running in self._running.values():
+            self._kill(running, "stopped")
+        for running in self._running.values():
+            os.waitpid(running.pid, 0)
+            folders.remove(running.folder)
+        self._running.clear()
+        if self._own_pids < 0:
+            self._end_orphans()
+
+    def _reply(self, reply: dict[str, Any]) -> None:
+        try:
+            self._control.send(json.dumps(reply).encode())
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # the judge is gone; the next look at the socket says so
+
+
+def run_job(how: confine.Confinement, limits: Limits, folder: str, fds: list[int]) -> NoReturn:
+    """In the fork: from its first instruction to the program's last. What fails before the program begins goes into the job's file."""
+    try:
+        confine.take_descriptors(fds)
+        confine.clean_process(folder)
+        if how.backend == "bubblewrap":
+            bubblewrap.become_bubblewrap(how, limits)
+        with open(3, "rb", closefd=False) as file:
+            job = json.load(file)
+        confine.confine(how, limits, folder)
+        os.pwrite(3, b"ok\n", 0)
+        os.close(3)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "rewards"]:
+            del sys.modules[name]
+    except BaseException:  # noqa: BLE001 - the judge reads it
+        os.pwrite(3, b"no\n" + traceback.format_exc().encode(), 0)
+        os._exit(70)
+    program.run(job)

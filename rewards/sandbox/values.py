@@ -109,7 +109,7 @@ class Link:
     """Messages over a stream socket, each with its length before it."""
 
     def __init__(self, fd: int) -> None:
-        self._stream = open(fd, "r+b", buffering=0)  # noqa: SIM115 - lives as long as the process
+        self._stream = open(fd, "r+b", buffering=0)
 
     def send(self, message: Any) -> None:
         body = json.dumps(message).encode()

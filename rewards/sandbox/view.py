@@ -15,7 +15,12 @@ from rewards.sandbox.limits import Limits
 
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
-_LINKS = {"/dev/fd": "/proc/self/fd", "/dev/stdin": "/proc/self/fd/0", "/dev/stdout": "/proc/self/fd/1", "/dev/stderr": "/proc/self/fd/2"}
+LINKS = {
+    "/dev/fd": "/proc/self/fd",
+    "/dev/stdin": "/proc/self/fd/0",
+    "/dev/stdout": "/proc/self/fd/1",
+    "/dev/stderr": "/proc/self/fd/2",
+}
 _UNDER_TMP = "/.under_tmp"
 """Where an environment that lies in /tmp is kept for the time when a program's own /tmp hides it."""
 _KEPT_FLAGS = os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC | os.ST_NOATIME | os.ST_NODIRATIME | os.ST_RELATIME
@@ -56,7 +61,7 @@ def build_root(paths: Iterable[str], limits: Limits) -> None:
         _bind(f"/old{path}", f"/new{_UNDER_TMP}/{index}", kernel.MS_NODEV)
     for path in DEVICES:
         _bind(f"/old{path}", f"/new{path}", 0, read_only=False)
-    for path, target in _LINKS.items():
+    for path, target in LINKS.items():
         os.symlink(target, f"/new{path}")
     # The kernel lets a namespace mount /proc only where one is in sight; the server's own will cover this one.
     kernel.mount("/old/proc", "/new/proc", None, kernel.MS_BIND | kernel.MS_REC)

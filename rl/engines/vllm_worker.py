@@ -401,9 +401,7 @@ class NcclSender:
     replayed from a file here: all of them join a new sender.
     """
 
-    def __init__(
-        self, engines: Sequence[VllmEngine], learner: Exporter, manifest: Manifest, *, rank: int, address: str, port: int
-    ) -> None:
+    def __init__(self, engines: Sequence[VllmEngine], learner: Exporter, manifest: Manifest, *, rank: int, address: str, port: int) -> None:
         """address, port: where rank 0 and the engines' workers meet."""
         self.fan_out = FanOut(engines)
         self.sender = NCCLTrainerWeightTransferEngine.trainer_init(

@@ -159,9 +159,7 @@ class WeightFile:
     def _check(self, name: str, tensor: torch.Tensor, missing: Mapping[str, None]) -> None:
         slot = self.slots.get(name)
         if slot is None:
-            raise WeightMismatch(
-                f"weight update: {name} is not in the policy's checkpoint; export checkpoint names, each expert apart"
-            )
+            raise WeightMismatch(f"weight update: {name} is not in the policy's checkpoint; export checkpoint names, each expert apart")
         if name not in missing:
             raise WeightMismatch(f"weight update: {name} came twice; export every tensor once")
         if tuple(tensor.shape) != slot.shape:

@@ -2,11 +2,11 @@
 
     python tests/bench/learner_vs_trl.py [--case base --case short …] [--repeats 7]
 
-trl runs in its best stock configuration (fp32, `grouped_mm`, auxiliary loss 0, no checkpointing, 1 thread), with the number of rows a
-pass that was fastest for it, and again with its output head compacted as on GPU. All take turns in one process. `ratio_stock` and
+trl runs in its best stock configuration (fp32, `grouped_mm`, auxiliary loss 0, no checkpointing, 1 thread), with the number of rows
+a pass that was fastest for it, and again with its output head compacted as on GPU. All take turns in one process. `ratio_stock` and
 `ratio_compact` are trl's CPU seconds over ours with the pass for old log-probs that trl makes whenever vLLM samples;
-`…_one_pass` are the same without it, as with trl's own `generate`. Ratios are of the minima. `mem_ratio` compares how far the peak of
-resident memory rises during a step, each in a process of its own, after a first step that allocated the optimizer's moments.
+`…_one_pass` are the same without it, as with trl's own `generate`. Ratios are of the minima. `mem_ratio` compares how far the peak
+of resident memory rises during a step, each in a process of its own, after a first step that allocated the optimizer's moments.
 """
 
 import argparse
@@ -94,8 +94,9 @@ def measure(name: str, case: Case, repeats: int, rows: int, micro_tokens: int) -
 
 def memory(name: str, side: str, rows: int, micro_tokens: int) -> int:
     """Rise of the peak in a step, in bytes, in a fresh process."""
-    command = [sys.executable, __file__, "--case", name, "--memory-of", side, "--rows", str(rows), "--micro-tokens", str(micro_tokens)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    options = {"--case": name, "--memory-of": side, "--rows": str(rows), "--micro-tokens": str(micro_tokens)}
+    command = [sys.executable, __file__, *(word for pair in options.items() for word in pair)]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
 def print_memory(case: Case, side: str, rows: int, micro_tokens: int) -> None:

@@ -259,8 +259,7 @@ def test_a_file_with_nothing_but_bad_rows_is_an_error(tokenizer):
     with pytest.raises(InputError) as error:
         read_prompts(config(skip_bad=True), tokenizer, None)
     assert str(error.value) == (
-        "p.jsonl: no prompt is left, all rows were skipped (broken_json 2, empty_prompt 1); "
-        "set skip_bad: false to see the first one"
+        "p.jsonl: no prompt is left, all rows were skipped (broken_json 2, empty_prompt 1); set skip_bad: false to see the first one"
     )
 
 

@@ -37,10 +37,7 @@ PART = {"name": "math_answer"}
     ("rewards", "line"),
     [
         ({"parts": [{"name": "mth"}]}, "x.yaml: rewards.parts[0].name: no reward named 'mth'; did you mean 'math_answer'?"),
-        (
-            {"parts": [{"name": "code_tests"}]},
-            "x.yaml: rewards.parts[0].name: 'code_tests' is a name of the recipe format, but this version does not have it yet",
-        ),
+        ({"parts": [{"name": "regex"}]}, "x.yaml: rewards.parts[0]: regex needs the option 'pattern'"),
         (
             {"parts": [{"name": "math_answer", "requires": "think"}]},
             "x.yaml: rewards.parts[0].requires: no reward named 'think'; did you mean 'think_format'?",
@@ -63,7 +60,10 @@ PART = {"name": "math_answer"}
             "x.yaml: rewards.route.parts.math[0]: no part is called 'math_answr'; did you mean 'math_answer'?",
         ),
         (
-            {"parts": [PART, {"name": "think_format", "weight": 0}], "route": {"column": "d", "parts": {"a": ["math_answer"], "b": []}}},
+            {
+                "parts": [PART, {"name": "think_format", "weight": 0}],
+                "route": {"column": "d", "parts": {"a": ["math_answer"], "b": []}},
+            },
             "x.yaml: rewards.route.parts.b: no part with a weight would judge these rows",
         ),
         ({"parts": [PART], "shadow": [PART]}, "x.yaml: rewards.shadow[0].name: 'math_answer' stands twice; "),

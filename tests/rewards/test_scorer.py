@@ -87,7 +87,7 @@ def test_poison_fails_alone_and_every_right_answer_beside_it_scores_right(plugin
     }
     parts = [{"name": "math_answer"}, {"name": "poison", "weight": 0.5, "timeout_s": 1.5}]
     with Scorer(config(parts, [plugin(POISON) + ":poison"], memory_mb=2048)) as scorer:
-        kinds = [*said, *["right"] * 60]
+        kinds = [*said, *["right"] * 250]  # 1,000 right answers beside them
         for number, kind in enumerate(kinds):
             scorer.submit(number, job([f"#### 4 {'' if i != 2 else kind}".strip() for i in range(4)], f"g{number}", answer="4"))
         scores: dict = {}

@@ -81,7 +81,9 @@ def test_what_is_not_there_yet_is_listed_with_the_command_that_makes_it(
 ) -> None:
     assert dry_run(monkeypatch, rl.train, "recipes/quickstart.yaml", "eval.prompts={path: later.jsonl}") == 0
     out = capsys.readouterr().out
-    assert "policy.path: no folder 'outputs/quickstart_sft/final'; made by: accelerate launch -m sft.train recipes/quickstart_sft.yaml" in out
+    assert (
+        "policy.path: no folder 'outputs/quickstart_sft/final'; made by: accelerate launch -m sft.train recipes/quickstart_sft.yaml" in out
+    )
     assert f"eval.prompts.path: no file 'later.jsonl'; paths are relative to the working folder, {fresh}" in out
     assert "prompts: 7,113 rows from task arithmetic" in out
 
@@ -120,7 +122,7 @@ def test_a_recipe_that_cannot_fit_says_by_how_much(
     assert "memory: fits" in capsys.readouterr().out
     assert dry_run(monkeypatch, rl.train, "recipes/gsm8k_8gpu.yaml", "hardware.gpus=7") == 0
     out = capsys.readouterr().out
-    assert "does not fit, 6.30 GB too much" in out and "memory: does not fit; what helps: more GPUs" in out
+    assert "does not fit, 6.31 GB too much" in out and "memory: does not fit; what helps: more GPUs" in out
     assert dry_run(monkeypatch, rl.train, "recipes/gsm8k_8gpu.yaml", "rollout.engines=8") == 0
     assert "memory: does not fit: rollout: 8 engines on 1 GPUs each leave none of 8 to the learner" in capsys.readouterr().out
 
@@ -196,6 +198,23 @@ def test_fp32_moments_do_not_fit_and_checkpointing_is_needed() -> None:
     assert places(gsm8k(policy__activation_checkpointing=False), sizes, EIGHT, 1408)[0].left_bytes < 0
 
 
+def test_an_adapter_has_state_and_frozen_weights_have_none() -> None:
+    lora = {"rank": 8, "targets": ["q_proj", "v_proj"]}
+    recipe = gsm8k(policy__lora=lora, loss__kl_coef=0.1)
+    sizes = sizes_of(QWEN3_30B, recipe.policy.lora)
+    assert sizes.adapter == 48 * 8 * ((2048 + 4096) + (2048 + 512))
+    found = parts(places(recipe, sizes, EIGHT, 1408)[0])
+    assert found["weights, bf16"] == 2 * sizes.total / 7
+    assert found["adapter, fp32"] + found["gradients, fp32"] + found["two moments, bf16"] == (4 + 4 + 4) * sizes.adapter / 7
+    assert "masters, fp32" not in found and "reference" not in found
+
+
+def test_a_kl_term_keeps_a_reference_unless_there_is_an_adapter() -> None:
+    sizes = sizes_of(QWEN3_30B)
+    found = parts(places(gsm8k(loss__kl_coef=0.1), sizes, EIGHT, 1408)[0])
+    assert found["reference"] == 2 * sizes.total / 7
+
+
 def test_engines_split_weights_and_leave_fewer_gpus_to_the_learner() -> None:
     recipe = gsm8k(rollout__engines=2, rollout__tensor_parallel=2)
     learner, engine = places(recipe, sizes_of(QWEN3_30B), EIGHT, 1408)
@@ -244,9 +263,7 @@ def kept_bytes(policy: Path, dtype: torch.dtype) -> tuple[int, int]:
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_activations_are_what_autograd_keeps(
-    kind: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_activations_are_what_autograd_keeps(kind: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(made, "MAX_TOKENS", 150)
     found = []
     for layers in (2, 4):

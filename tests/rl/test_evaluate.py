@@ -117,9 +117,7 @@ def test_without_held_out_prompts_it_takes_those_of_training(
     assert "2 prompts" in capsys.readouterr().out
 
 
-def test_a_mistake_is_one_line_and_exit_code_2(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mistake_is_one_line_and_exit_code_2(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for changes, line in (
         (["eval.sample=3"], "override 'eval.sample=3': eval.sample: no such key; did you mean 'samples'?"),
         (["policy.path=./nowhere"], "policy.path: no folder 'nowhere'"),

@@ -51,9 +51,7 @@ def reference_gradients(policy: Path, groups: list[Group], loss: LossConfig, kl_
     kl_model = reference_model(kl_policy) if kl_policy else None
     adv_PG = group_advantage(groups, AdvantageConfig())
     rows = [
-        (group, c, float(a))
-        for group, adv_G in zip(groups, adv_PG, strict=True)
-        for c, a in zip(group.completions, adv_G, strict=True)
+        (group, c, float(a)) for group, adv_G in zip(groups, adv_PG, strict=True) for c, a in zip(group.completions, adv_G, strict=True)
     ]
     kept = [row for row in rows if not (loss.mask_truncated and row[1].finish_reason == "length")]
     tokens = sum(int(c.mask.sum()) for _, c, _ in kept)

@@ -11,6 +11,7 @@ import policies
 import pytest
 import torch
 from made import NoFloat32, distance, gradients, make_groups, make_learner, near
+from safetensors.torch import load_file
 
 from data.values import Completion, Group
 from rl.config import LossConfig
@@ -25,15 +26,21 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return policies.tiny_qwen3_moe(tmp_path_factory.mktemp("policy") / "moe", seed=0)
 
 
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+
+
+@pytest.mark.parametrize("sharding", [{}, FSDP2], ids=["replicated", "sharded"])
 @pytest.mark.parametrize(
     ("case", "rewards"),
     [("spread", REWARDS), ("one rank has only zero advantages", [REWARDS[0], [1, 1, 1, 1], [0, 0, 0, 0]])],
 )
-def test_two_ranks_give_the_gradients_of_one(policy: Path, tmp_path: Path, case: str, rewards: list[list[float]]) -> None:
+def test_two_ranks_give_the_gradients_of_one(
+    policy: Path, tmp_path: Path, case: str, rewards: list[list[float]], sharding: dict[str, str]
+) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = subprocess.run(
         [*command, str(HERE / "two_ranks.py"), str(policy), str(tmp_path / "grads.pt"), case],
-            env={**os.environ, "PYTHONPATH": f"{HERE.parent}:{HERE.parent.parent}", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": f"{HERE.parent}:{HERE.parent.parent}", "OMP_NUM_THREADS": "1", **sharding},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -56,7 +63,6 @@ def test_groups_cross_between_ranks_bit_by_bit() -> None:
     header, arrays = encode_groups(groups)
     flat = torch.from_numpy(np.frombuffer(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays), dtype=np.uint8).copy())
 
-
     again = decode_groups(json.loads(header), flat)
     for a, b in zip(groups, again, strict=True):
         assert (a.id, a.prompt.id, a.attempt) == (b.id, b.prompt.id, b.attempt)
@@ -67,3 +73,42 @@ def test_groups_cross_between_ranks_bit_by_bit() -> None:
                 other = getattr(d, name)
                 same = np.array_equal(value, other) and value.dtype == other.dtype if isinstance(value, np.ndarray) else value == other
                 assert same, name
+
+
+@pytest.mark.parametrize("sharding", [{}, FSDP2], ids=["replicated", "sharded"])
+def test_a_run_on_two_ranks_ends_as_on_one_and_goes_on_after_a_stop(policy: Path, tmp_path: Path, sharding: dict[str, str]) -> None:
+    """The same completions, so the same steps but for rounding; stopped after step 2 and resumed, the same bits."""
+    (tmp_path / "plugin.py").write_text(
+        "def zeros(completions, **columns):\n    return [t.count('5') + 0.1 * len(t) for t in completions]\n"
+    )
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{a}{b}"}}\n' for a in "0123" for b in "456"))
+
+    def run(name: str, ranks: int, *overrides: str) -> dict[str, torch.Tensor]:
+        recipe = {
+            "run": {"name": name, "output_dir": str(tmp_path)}, "policy": {"path": str(policy)},
+            "prompts": {"path": str(tmp_path / "prompts.jsonl")},
+            "rollout": {"engine": "hf", "group_size": 4, "max_tokens": 5},
+            "rewards": {"plugins": [f"{tmp_path / 'plugin.py'}:zeros"], "parts": [{"name": "zeros"}]},
+            "learner": {"steps": 4, "prompts_per_step": 4, "lr": 1e-3, "warmup_steps": 0, "threads": 1},
+            "eval": {"every": 0}, "checkpoint": {"every": 2},
+        }  # fmt: skip
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(recipe))
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"] if ranks > 1 else []
+        done = subprocess.run(
+            [sys.executable, *launch, "-m", "rl.train", str(tmp_path / f"{name}.yaml"), *overrides],
+            env={**os.environ, "PYTHONPATH": str(HERE.parent.parent), "OMP_NUM_THREADS": "1", **(sharding if ranks > 1 else {})},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
+        return load_file(tmp_path / name / "final" / "model.safetensors")
+
+    one, two = run("one", 1), run("two", 2)
+    start = load_file(policy / "model.safetensors")
+    moved = sum((one[k] - start[k]).square().sum() for k in one) ** 0.5
+    assert sum((one[k] - two[k]).square().sum() for k in one) ** 0.5 < 1e-3 * moved
+    resumed = tmp_path / "again" / "two"
+    for steps in (2, 4):
+        overrides = (f"run.output_dir={tmp_path / 'again'}", f"learner.steps={steps}")
+        run("two", 2, *overrides)
+    again = load_file(resumed / "final" / "model.safetensors")
+    assert all(torch.equal(two[k], again[k]) for k in two)

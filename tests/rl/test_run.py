@@ -132,7 +132,9 @@ def test_a_killed_run_ends_where_one_ends_that_was_not(policy: Path, whole: Path
 def test_sigterm_leaves_a_checkpoint_and_a_code_to_start_again_on(policy: Path, whole: Path, tmp_path: Path) -> None:
     path = recipe(tmp_path, policy, "run")
     folder = tmp_path / "out" / "run"
-    process = subprocess.Popen(command(path, "checkpoint.every=0"), cwd=CHECKOUT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(path, "checkpoint.every=0"), cwd=CHECKOUT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 200
     while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < 2:
         assert time.monotonic() < deadline and process.poll() is None
@@ -177,7 +179,7 @@ def test_micro_batches_and_a_kl_term_run(policy: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_goes_on_after_a_stop(policy: Path, tmp_path: Path) -> None:
-    lora = ("policy.lora={rank: 4, alpha: 8.0}", "loss.kl_coef=0.01")
+    lora = ("policy.lora={rank: 4, alpha: 8.0}", "loss.kl_coef=0.01", "eval.every=2")
     whole = recipe(tmp_path, policy, "whole")
     run(whole, *lora)
     parts = recipe(tmp_path, policy, "parts")

@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import torch
-from made import NoFloat32, gradients, make_groups, make_learner, near
+from made import MAX_TOKENS, TEMPERATURE, NoFloat32, gradients, make_groups, make_learner, near
+from torch.distributed.tensor import DTensor
 
 from rl.config import LossConfig
+from rl.learner import Learner
 from rl.ranks import Ranks
+from rl.shard import shard, wanted
 
 REWARDS = [[1, 0, 0, 1], [0, 1, 0, 0], [1, 1, 0.5, 0], [0.2, 0.9, 0.4, 0.0]]
 CASES = {
@@ -26,7 +29,14 @@ def main() -> None:
     with NoFloat32():
         groups = ranks.groups(lambda: near(make_groups(CASES[case]), policy))
         learner = make_learner(policy, LossConfig(kind="dapo", ratio_base="engine"), micro_tokens=45)
-        found = gradients(learner, groups)
+        if wanted():
+            exported = {name: tensor.clone() for name, tensor in learner.export()}
+            shard(learner.model, ranks, torch.float64)
+            learner = Learner(
+                learner.model, learner.loss, learner.config, ranks, sharded=torch.float64, temperature=TEMPERATURE, max_tokens=MAX_TOKENS
+            )
+            assert all(torch.equal(exported[name], tensor) for name, tensor in learner.export()), "what is gathered is what was sharded"
+        found = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients(learner, groups).items()}
     if ranks.main:
         torch.save(found, out)
     ranks.close()

@@ -1,0 +1,238 @@
+"""`code_tests`: runs the program in a completion against the row's tests, in the sandbox; 1 if all pass, or the share that does.
+
+The program is the last fenced block after the reasoning. A row's `tests` is a list of
+    {"stdin": "3 4", "stdout": "7"}                      the lines that it writes, each without spaces at its end
+    {"function": "add", "args": [3, 4], "expected": 7}   the value that a function of it gives (or a method of `Solution`)
+    {"asserts": "assert add(3, 4) == 7"}                 Python about names that it defines; `names` lists builtins among them
+Each test runs in a fresh process. What it expects is compared here or, for asserts, in a process apart, and never goes where the
+program is. Arguments go there by value, so a change that a function makes in them is not seen.
+
+A program that fails in any way is a wrong answer; only a failure of the sandbox or of the row is an error. `log_extra` gets a column
+`code_tests/detail`: the first failing case, its verdict, and the last 300 characters that the program wrote.
+"""
+
+import ast
+import math
+import os
+import textwrap
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from data.values import Messages
+from rewards.sandbox.judge import Ending, Sandbox, shared_sandbox
+from rewards.sandbox.limits import Limits, SandboxError
+from rewards.text import answer_text, completion_text
+
+_TAIL = 300
+_KINDS = (
+    ({"stdin", "stdout"}, set()),
+    ({"function", "args", "expected"}, set()),
+    ({"asserts"}, {"names"}),
+)
+"""Keys that a test must and may have."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of one test."""
+
+    name: str
+    """`passed`, `wrong`, `timeout`, `killed` (by a signal or for a limit), `crashed`, or `no program`."""
+    said: str = ""
+    wrote: str = ""
+    """The end of what the program wrote."""
+
+
+def code_tests(
+    prompts: list[str | Messages],
+    completions: list[str | Messages],
+    tests: list[Any] | None = None,
+    prompt_texts: list[str] | None = None,
+    log_extra: Callable[[str, list[Any]], None] | None = None,
+    reward: str = "all",
+    limits: dict[str, Any] | None = None,
+    backend: str = "auto",
+    **_: Any,
+) -> list[float | None]:
+    """Rewards, one for each completion; None where the row has no tests. ValueError for tests that cannot be run.
+
+    `reward`: `all` (1 or 0) or `fraction`; `limits`: fields of `rewards.sandbox.limits.Limits`; `backend`: the sandbox's.
+    """
+    if reward not in ("all", "fraction"):
+        raise ValueError(f"option reward: '{reward}' is neither 'all' nor 'fraction'")
+    bounds, sandbox = Limits(**limits or {}), shared_sandbox(backend)
+
+    def judge(index: int) -> tuple[float | None, str]:
+        rows = tests[index] if tests else None
+        if rows is None:
+            return None, "the row has no tests"
+        check_tests(rows)
+        source = find_program(completion_text(completions[index]), prompt_texts[index] if prompt_texts else "")
+        if source is None:
+            return 0.0, "no program: there is no fenced block after the reasoning"
+        return grade(sandbox, source, rows, bounds, stop_early=reward == "all")
+
+    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as threads:
+        judged = list(threads.map(judge, range(len(completions))))
+    if log_extra:
+        log_extra("code_tests/detail", [detail for _, detail in judged])
+    return [value for value, _ in judged]
+
+
+def find_program(text: str, prompt_text: str = "") -> str | None:
+    """The last complete fenced block of the answer, None if there is none."""
+    found, block, indent = None, None, 0
+    for line in (answer_text(text, prompt_text) or "").splitlines(keepends=True):
+        mark = line.strip()
+        if block is not None and mark == "```":
+            found, block = textwrap.dedent(block) if indent else block, None
+        elif block is not None:
+            block += line
+        elif mark.startswith("```"):
+            block, indent = "", len(line) - len(line.lstrip())
+    return found
+
+
+def check_tests(tests: Any) -> None:
+    """ValueError that names the test and what is wrong with it."""
+    if not isinstance(tests, list) or not tests:
+        raise ValueError(f"column 'tests' is no list of tests: {tests!r:.80}")
+    for index, test in enumerate(tests):
+        keys = {key for key, value in test.items() if value is not None or key == "expected"} if isinstance(test, dict) else set()
+        # A table of parquet gives every row the keys of all, with null for those that it lacks.
+        keys = keys - {"expected"} if "function" not in keys else keys
+        if not any(must <= keys <= must | may for must, may in _KINDS):
+            raise ValueError(
+                f"tests[{index}] has the keys {sorted(keys)}; there are stdin and stdout, function, args and expected, or asserts"
+            )
+        if "asserts" in keys and not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(test["asserts"]))):
+            raise ValueError(f"tests[{index}].asserts has no assert in it")
+    if not any(_proves(test) for test in tests):
+        raise ValueError("tests expect nothing: a program that does nothing would pass")
+
+
+def grade(sandbox: Sandbox, source: str, tests: Sequence[dict[str, Any]], limits: Limits, stop_early: bool) -> tuple[float, str]:
+    """The share of tests passed, 0 if none that proves anything; `stop_early`: 1 or 0. And the detail of the first failure."""
+    passed, proved, detail = 0, False, ""
+    for index, test in enumerate(tests):
+        verdict = run_test(sandbox, source, test, limits)
+        if verdict.name == "passed":
+            passed += 1
+            proved = proved or _proves(test)
+            continue
+        detail = detail or f"tests[{index}]: {verdict.name}: {verdict.said}; it wrote: {verdict.wrote!r}"
+        if stop_early:
+            return 0.0, detail
+    return (passed / len(tests) if proved else 0.0), detail
+
+
+def run_test(sandbox: Sandbox, source: str, test: dict[str, Any], limits: Limits) -> Verdict:
+    """One test in a fresh process."""
+    if test.get("asserts") is not None:
+        return _run_asserts(sandbox, source, test, limits)
+    if test.get("function") is not None:
+        ending = sandbox.call(source, test["function"], test["args"], limits)
+        if failed := _failure(ending):
+            return failed
+        if ending.result is None:
+            return Verdict("crashed", "it ended without giving a value", _tail(ending))
+        right = same_value(ending.result.get("value"), test["expected"])
+        said = f"{test['function']} gave another value than {test['expected']!r:.100}"
+    else:
+        ending = sandbox.script(source, test["stdin"], limits)
+        if failed := _failure(ending):
+            return failed
+        right, said = same_lines(ending.stdout.decode("utf-8", "replace"), test["stdout"])
+    return Verdict("passed") if right else Verdict("wrong", said, _tail(ending))
+
+
+def same_lines(written: str, expected: str) -> tuple[bool, str]:
+    """Whether all lines are equal but for white space at their ends and empty lines at the end; what is not, otherwise."""
+    got, wanted = ([line.rstrip() for line in text.rstrip().split("\n")] for text in (written, expected))
+    if len(got) != len(wanted):
+        return False, f"{len(got)} lines instead of {len(wanted)}"
+    for number, (line, other) in enumerate(zip(got, wanted, strict=True), 1):
+        if line != other:
+            return False, f"line {number} is {line!r:.100} instead of {other!r:.100}"
+    return True, ""
+
+
+def same_value(got: Any, expected: Any) -> bool:
+    """Whether a value as `values.encode` wrote it is one of JSON: a tuple is a list, an integer key is its text, as JSON has no other.
+
+    It is compared as it was written and never rebuilt: keys that collide would cost a process of ours its time.
+    """
+    if isinstance(got, dict) and len(got) == 1:
+        ((tag, body),) = got.items()
+        if tag == "t" and isinstance(body, list):
+            return same_value(body, expected)
+        if tag == "d" and isinstance(body, list) and isinstance(expected, dict):
+            return _same_pairs(body, expected)
+        if tag == "i" and isinstance(body, str):
+            return type(expected) is int and body == hex(expected)
+        return tag == "f" and isinstance(expected, float) and body == repr(expected)
+    if isinstance(got, list):
+        return isinstance(expected, list) and len(got) == len(expected) and all(map(same_value, got, expected))
+    if isinstance(got, bool) or isinstance(expected, bool) or got is None or isinstance(got, str):
+        return type(got) is type(expected) and got == expected
+    if isinstance(got, int | float) and isinstance(expected, int | float):
+        if isinstance(got, int) and (isinstance(expected, int) or abs(got) >= 1 << 53):
+            return got == expected
+        return math.isclose(got, expected, rel_tol=1e-9, abs_tol=1e-9)
+    return False
+
+
+def _same_pairs(pairs: list[Any], expected: dict[str, Any]) -> bool:
+    if len(pairs) != len(expected) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        return False
+    if not all(isinstance(key, str) or type(key) is int for key, _ in pairs):
+        return False
+    got = {str(key): value for key, value in pairs}
+    return got.keys() == expected.keys() and all(same_value(got[key], expected[key]) for key in got)
+
+
+def _run_asserts(sandbox: Sandbox, source: str, test: dict[str, Any], limits: Limits) -> Verdict:
+    program, judged = sandbox.check(source, test["asserts"], test.get("names") or (), limits)
+    result = judged.result or {"verdict": judged.how, "said": "with its asserts"}
+    verdict, said, wrote = result["verdict"], result.get("said", ""), _tail(program)
+    if verdict == "passed":
+        return Verdict("passed") if result["asserts"] else Verdict("wrong", "none of its asserts was reached", wrote)
+    if verdict == "unfit":
+        raise ValueError(f"tests: {said}")
+    if verdict in ("wrong", "crashed"):
+        return Verdict(verdict, said, wrote)
+    # It ended early, or it kept its asserts waiting or fed them until their own limit.
+    if failed := _failure(program):
+        return failed
+    if verdict == "ended":
+        return Verdict("crashed", said, wrote)
+    if judged.how in ("exit", "signal"):
+        raise SandboxError(f"the asserts ended by {judged.how} {judged.code}: {_tail(judged)}")
+    return Verdict("timeout" if judged.how == "timeout" else "killed", f"{judged.how} {said}", wrote)
+
+
+def _failure(ending: Ending) -> Verdict | None:
+    """The verdict on a program that did not end well."""
+    match ending.how:
+        case "timeout":
+            return Verdict("timeout", f"after {ending.wall_s:.1f} s and {ending.cpu_s:.1f} s of CPU", _tail(ending))
+        case "memory" | "processes" | "files" | "output":
+            return Verdict("killed", f"for its limit on {ending.how}", _tail(ending))
+        case "signal":
+            return Verdict("killed", f"by signal {ending.code}", _tail(ending))
+        case "exit" if ending.code:
+            return Verdict("crashed", f"with exit code {ending.code}", _tail(ending))
+    return None
+
+
+def _proves(test: dict[str, Any]) -> bool:
+    """Whether a program that does nothing fails this test."""
+    if test.get("function") is not None:
+        return test["expected"] is not None
+    return test.get("asserts") is not None or bool(test["stdout"].strip())
+
+
+def _tail(ending: Ending) -> str:
+    return (ending.stdout[-4 * _TAIL :] + ending.stderr[-4 * _TAIL :]).decode("utf-8", "replace")[-_TAIL:]

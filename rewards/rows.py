@@ -1,0 +1,88 @@
+"""Rows to be scored: a JSONL file of `{prompt, completion, …columns}` as ScoreJobs, read twice and never held whole.
+
+`prompt` is text or chat messages; `completion` is text, or messages whose last one it is. Rows that follow each other with the same
+`group_id` are one group and are judged together; any other row is a group of its own. `prompt_text` (the rendered prompt) and
+`completion_ids` are handed on where they are there.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from data.recipe import InputError
+from rewards.config import RewardsConfig
+from rewards.job import ScoreJob
+from rewards.text import completion_text
+
+_OURS = ("prompt", "completion", "prompt_text", "completion_ids", "group_id")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows that are judged together."""
+
+    first: int
+    """Place of the first one in the file, from 0."""
+    rows: Sequence[dict[str, Any]]
+    digest: str
+    """Of their bytes: other rows at this place are other rows."""
+
+    def job(self) -> ScoreJob:
+        """As the reward functions are asked; all but the completions is the first row's."""
+        row = self.rows[0]
+        return ScoreJob(
+            group_id=str(row.get("group_id", f"row-{self.first}")),
+            prompt=row["prompt"],
+            prompt_text=row.get("prompt_text") or (row["prompt"] if isinstance(row["prompt"], str) else ""),
+            completions=[completion_text(row["completion"]) for row in self.rows],
+            completion_ids=[row.get("completion_ids") for row in self.rows],  # type: ignore[misc]
+            columns={name: value for name, value in row.items() if name not in _OURS},
+        )
+
+
+def read_rows(path: Path) -> Iterator[Rows]:
+    """The rows of a checked file, in order."""
+    with path.open("rb") as file:
+        numbered = ((number, line) for number, line in enumerate(file) if line.strip())
+        parsed = ((place, line, json.loads(line)) for place, (_, line) in enumerate(numbered))
+        for _, group in groupby(parsed, key=lambda item: ("group", item[2]["group_id"]) if "group_id" in item[2] else item[0]):
+            members = list(group)
+            digest = hashlib.blake2b(b"".join(line.strip() for _, line, _ in members), digest_size=8).hexdigest()
+            yield Rows(members[0][0], [row for _, _, row in members], digest)
+
+
+def check_rows(path: Path, config: RewardsConfig) -> int:
+    """How many rows a file has; InputError, with the line, for one that cannot be scored."""
+    if not path.is_file():
+        raise InputError(f"--in: no file '{path}'")
+    count = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                _check_row(f"{path}:{number}", line, config)
+                count += 1
+    if not count:
+        raise InputError(f"--in: '{path}' has no rows")
+    return count
+
+
+def _check_row(place: str, line: bytes, config: RewardsConfig) -> None:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{place}: not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{place}: a row is an object, this is {type(row).__name__}")
+    for name in ("prompt", "completion"):
+        if not isinstance(row.get(name), str | list) or row[name] == []:
+            raise InputError(f"{place}: '{name}' has to be text or chat messages, it is {row.get(name)!r:.60}")
+    if "completion_ids" not in row and any(part.name == "length" for part in [*config.parts, *config.shadow]):
+        raise InputError(f"{place}: 'length' counts tokens, and the row has no 'completion_ids'")
+    try:
+        config.parts_for(row)
+    except ValueError as error:
+        raise InputError(f"{place}: {error}") from None

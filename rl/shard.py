@@ -1,0 +1,66 @@
+"""FSDP2: weights, gradients and optimizer state of the policy spread over all ranks, gathered layer by layer where they are used.
+
+Whether to shard, and how, is said by the accelerate config that the command is launched with (`recipes/accelerate_fsdp2.yaml`). The
+parameters are the FP32 masters, experts by whole expert (dimension 0); under bf16 precision each layer is gathered as BF16 and its
+gradients are reduced in FP32. Gradients are summed over ranks, not averaged: losses are divided by counts over all ranks already.
+
+The output head is gathered once a pass and not through FSDP's hooks: it runs in chunks, more of them on one rank than on another,
+and a collective in each would wait for ranks that have none.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin, str_to_bool
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from transformers import PreTrainedModel
+
+from data.recipe import InputError
+from rl.ranks import Ranks
+
+
+def wanted() -> bool:
+    """Whether accelerate was told to shard."""
+    return bool(str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
+
+
+def shard(model: PreTrainedModel, ranks: Ranks, compute: torch.dtype) -> None:
+    """Shards a float32 model in place; `compute` is what its layers run in. Collective.
+
+    Raises InputError for FSDP of the first version, and for a policy whose output head is tied to its embedding.
+    """
+    plugin = FullyShardedDataParallelPlugin()  # reads what accelerate launch has set
+    if plugin.fsdp_version != 2:
+        raise InputError(f"accelerate config: fsdp_version is {plugin.fsdp_version}; the learner shards with FSDP2, set it to 2")
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        raise InputError("policy: output head and embedding are tied; sharding does not have that yet, launch without FSDP")
+    mesh = init_device_mesh(ranks.device.type, (ranks.count,))
+    settings: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.promote_types(compute, torch.float32)),
+        "reshard_after_forward": bool(plugin.reshard_after_forward),
+        "offload_policy": CPUOffloadPolicy() if isinstance(plugin.cpu_offload, CPUOffloadPolicy) else OffloadPolicy(),
+    }
+    decoder = model.get_decoder()
+    for layer in decoder.layers:
+        fully_shard(layer, **settings)
+    fully_shard(decoder, **settings)
+    for module in decoder.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(distribute_tensor(head.weight.detach(), mesh, [Shard(0)]))
+
+
+def output_head(model: PreTrainedModel, compute: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The output head as a function of hidden states; a sharded one is gathered now, and its gradient is summed over ranks."""
+    head = model.get_output_embeddings()
+    if not isinstance(head.weight, DTensor):
+        return head
+    weight_VD = head.weight.full_tensor(grad_placements=[Partial()]).to(compute)
+    return lambda hidden_ND: torch.nn.functional.linear(hidden_ND, weight_VD)

@@ -1,0 +1,81 @@
+"""The sandbox holds: a corpus of hostile and honest programs on every backend, as root and as an ordinary user, 8 at once."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rewards.code_tests import check_tests, code_tests, find_program, run_test, same_lines, same_value
+from rewards.sandbox.judge import Sandbox
+from rewards.sandbox.limits import Limits
+
+HERE = Path(__file__).resolve().parent
+CHECKOUT = HERE.parents[2]
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    with Sandbox() as sandbox:
+        yield sandbox
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("user", ["root", "ordinary"])
+@pytest.mark.parametrize("backend", ["namespaces", "landlock", "bubblewrap"])
+def test_every_hostile_program_is_held_and_every_honest_one_passes(backend, user):
+    if not os.environ.get("COHORT_SANDBOX_CORPUS"):
+        pytest.skip("bombs need an outer cap on processes and memory around the tests; COHORT_SANDBOX_CORPUS=1 runs them where there is one")
+    if backend == "bubblewrap" and not shutil.which("bwrap"):
+        pytest.skip("bubblewrap is not installed")
+    if user == "root" and os.geteuid():
+        pytest.skip("the tests do not run as root")
+    command = [sys.executable, str(HERE / "corpus.py"), str(CHECKOUT), backend]
+    if user == "ordinary" and not os.geteuid():
+        command = [sys.executable, str(HERE / "ordinary.py"), str(CHECKOUT), *command]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout)
+    assert [result for result in report["results"] if not result["right"]] == []
+    assert sum(result["hostile"] for result in report["results"]) >= 80
+    assert sum(not result["hostile"] for result in report["results"]) >= 40
+    assert report["reached"] == []
+    assert report["left"] == {"processes": [], "folders": [], "shared": [], "mounts": []}
+
+
+def test_humaneval_solutions_pass_and_empty_bodies_fail(sandbox, test_data):
+    rows = [json.loads(line) for line in (test_data / "humaneval" / "HumanEval.jsonl").open()]
+    assert len(rows) == 164
+    limits = Limits(cpu_s=20, wall_s=60.0)
+    passed = {"canonical": 0, "pass": 0}
+    for row in rows:
+        test = {"asserts": f"{row['test']}\ncheck({row['entry_point']})"}
+        for kind, body in (("canonical", row["canonical_solution"]), ("pass", "    pass\n")):
+            passed[kind] += run_test(sandbox, row["prompt"] + body, test, limits).name == "passed"
+    assert passed == {"canonical": 164, "pass": 0}
+
+
+def test_a_failing_program_is_wrong_and_a_bad_row_is_an_error():
+    right, wrong = "```python\ndef f(x):\n    return 2 * x\n```", "```python\ndef f(x):\n    return x\n```"
+    tests = [{"function": "f", "args": [0], "expected": 0}, {"function": "f", "args": [2], "expected": 4}]
+    details: dict[str, list[str]] = {}
+    rewards = code_tests(["q"] * 3, [right, wrong, "none"], tests=[tests] * 3, log_extra=details.__setitem__)
+    assert rewards == [1.0, 0.0, 0.0]
+    assert details["code_tests/detail"][1].startswith("tests[1]: wrong")
+    assert code_tests(["q"], [wrong], tests=[tests], reward="fraction") == [0.5]
+    assert code_tests(["q"], [right], tests=[None]) == [None]
+    with pytest.raises(ValueError, match="would pass"):
+        check_tests([{"stdin": "1", "stdout": ""}])
+
+
+def test_the_program_is_the_last_block_after_the_reasoning():
+    assert find_program("<think>```\n1\n```</think>\n```python\n2\n```\n```\n3\n```") == "3\n"
+    assert find_program("<think>```\n1\n```") is None
+
+
+def test_lines_and_values_are_compared_exactly():
+    assert same_lines("1\n2  \n\n", "1\n2")[0] and not same_lines("1", "1\n2")[0]
+    assert same_value({"t": [1, 2.0]}, [1, 2]) and not same_value(True, 1) and not same_value("1", 1)
