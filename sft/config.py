@@ -79,6 +79,8 @@ class SftConfig(Section):
     """Gradients with a larger norm are scaled down to it."""
     max_length: int | None = pydantic.Field(default=None, ge=2)
     """Longer rows lose their end, tokens; null keeps every row whole."""
+    threads: int | None = pydantic.Field(default=None, ge=1)
+    """CPU threads; null: all cores but not more than 16. A tiny policy is fastest on one, above all beside other work."""
     router_aux_loss_coef: float = pydantic.Field(default=0.0, ge=0)
     """Weight of the load-balancing loss of a mixture-of-experts policy; 0 is none, and all that a dense policy takes."""
 

@@ -8,6 +8,7 @@ minutes, so a run that was stopped begins again.
 """
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def train(recipe: SftRecipe, policy: Policy, rows: list[dict[str, Any]], folder:
     Collective: every rank calls it, rank 0 writes.
     """
     started = time.monotonic()
+    torch.set_num_threads(recipe.sft.threads or min(os.cpu_count() or 1, 16))
     model, tokenizer = policy
     arguments = _trl_arguments(recipe, folder)
     routing = {name: getattr(model.config, name, None) for name in ("output_router_logits", "router_aux_loss_coef")}
