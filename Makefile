@@ -42,8 +42,8 @@ check: $(STAMP)  ## style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-# One process; stated, or accelerate explains its defaults at length.
-LAUNCH := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+# One process; stated, or accelerate explains its defaults at length. Recipes say how many threads the work itself takes.
+LAUNCH := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 1
 ifeq ($(EXTRA),cpu)
 LAUNCH += --cpu
 endif
@@ -51,7 +51,7 @@ endif
 $(STAMP): pyproject.toml
 	@echo "==> $(VENV): a Python environment of $(PYTHON) for this checkout"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is no Python 3.11 or newer; name one with PYTHON=…" >&2; exit 1; }
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(if $(filter-out $(STAMP),$(wildcard $(VENV)/installed-*)),--clear) $(VENV)
 	@$(MAKE) --no-print-directory install-$(EXTRA)
 	@rm -f $(VENV)/installed-* && touch $@
 	@echo "==> ready"

@@ -89,8 +89,8 @@ for _tag, _pattern, _first in (
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Place, int]]:
@@ -147,7 +147,7 @@ def _apply(root: dict[str, Any], override: str, origin: dict[Place, str]) -> Non
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\[\d+\])*(\.[A-Za-z_]\w*(\[\d+\])*)*", key):
         raise InputError(f"{source}: an override is section.key=value")
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506 -- _Loader is a SafeLoader
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise InputError(f"{source}: the value is not valid YAML: {' '.join(str(error).split())}") from None
     place: Place = tuple(int(part) if part.isdigit() else part for part in re.findall(r"\w+", key))

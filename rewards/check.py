@@ -58,8 +58,7 @@ def check(config: RewardsConfig, rows: Sequence[dict[str, Any]]) -> int:
         began = time.perf_counter()
         right = scorer.score([_job(rows[i], i, _shown(rows[i], golds[i])) for i in usable])
         others = [
-            next((golds[j] for j in [*usable[n + 1 :], *usable[:n]] if golds[j] and golds[j] != golds[i]), [])
-            for n, i in enumerate(usable)
+            next((golds[j] for j in [*usable[n + 1 :], *usable[:n]] if golds[j] and golds[j] != golds[i]), []) for n, i in enumerate(usable)
         ]
         wrong = scorer.score([_job(rows[i], i, _shown({}, other)) for i, other in zip(usable, others, strict=True) if other])
         seconds = time.perf_counter() - began
@@ -72,9 +71,7 @@ def check(config: RewardsConfig, rows: Sequence[dict[str, Any]]) -> int:
     for index, scores in missed[:MOST_SHOWN]:
         print(f"  row {index + 1}: gold {golds[index] or rows[index]['completion']!r:.80}: {_said(scores)}")
     print(f"{len(wrong)} answers of other rows: {generous} score 1{', which a wrong answer should not' if generous else ''}")
-    print(
-        f"{sum(map(len, [*right, *wrong])) / seconds:.0f} completions a second; {len(rows) - len(usable)} rows have no gold answer"
-    )
+    print(f"{sum(map(len, [*right, *wrong])) / seconds:.0f} completions a second; {len(rows) - len(usable)} rows have no gold answer")
     return 1 if missed or failed else 0
 
 

@@ -26,7 +26,7 @@ from rewards.sandbox.limits import Limits, SandboxError
 from rewards.text import answer_text, completion_text
 
 _TAIL = 300
-_KINDS = (
+_KINDS: tuple[tuple[set[str], set[str]], ...] = (
     ({"stdin", "stdout"}, set()),
     ({"function", "args", "expected"}, set()),
     ({"asserts"}, {"names"}),

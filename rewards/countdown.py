@@ -32,9 +32,7 @@ def countdown(
     given = numbers if numbers is not None else nums
     if given is None:
         raise ValueError("countdown needs the column 'numbers' (or 'nums') beside 'target'")
-    texts = [
-        answer_text(completion_text(c), p) for c, p in zip(completions, per_completion(prompt_texts, len(prompts)), strict=True)
-    ]
+    texts = [answer_text(completion_text(c), p) for c, p in zip(completions, per_completion(prompt_texts, len(prompts)), strict=True)]
     return [float(text is not None and solves(text, given[i], target[i], use_all)) for i, text in enumerate(texts)]
 
 

@@ -53,9 +53,7 @@ def response_language(text: str, language: str) -> bool:
 
 
 def number_sentences(text: str, num_sentences: int, relation: str) -> bool:
-    sentences = re.findall(
-        r"[^.!?。！？]*\w[^.!?。！？]*(?:[.!?。！？]+|\Z)(?=\s|\Z|[\"')\]])", re.sub(r"(?<=\d)\.(?=\d)", ",", text)
-    )
+    sentences = re.findall(r"[^.!?。！？]*\w[^.!?。！？]*(?:[.!?。！？]+|\Z)(?=\s|\Z|[\"')\]])", re.sub(r"(?<=\d)\.(?=\d)", ",", text))
     return _compares(len(sentences), num_sentences, relation)
 
 

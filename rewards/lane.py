@@ -247,9 +247,7 @@ class Lane:
         for function in reply["async"]:
             self._waiting.setdefault(function, deque())
 
-    def _lose(
-        self, worker: WorkerProcess, status: str, why: str, said: str, overdue: tuple[Call | None, float] | None = None
-    ) -> None:
+    def _lose(self, worker: WorkerProcess, status: str, why: str, said: str, overdue: tuple[Call | None, float] | None = None) -> None:
         """Kills a worker. The call that it was at fails; those that only waited behind it go to another."""
         for fd in (worker.replies, worker.requests):
             if fd in self._selector.get_map():

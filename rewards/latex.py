@@ -180,9 +180,7 @@ class _Reader:
             self._bars -= 1
             self.take("|")
             return ("abs", tree)
-        return (
-            self._command(token.removeprefix("\\"), len(token) > 1) if token[0].isalpha() or len(token) > 1 else self._root(token)
-        )
+        return self._command(token.removeprefix("\\"), len(token) > 1) if token[0].isalpha() or len(token) > 1 else self._root(token)
 
     def _root(self, token: str) -> Tree:
         if token != "√":

@@ -51,10 +51,7 @@ def length(
     if kind == "group":
         assert len(set(group_ids or ["one"])) == 1, "a call holds one group"
         return by_group(lengths, verdicts)
-    return [
-        None if v is None else cosine(n, max_tokens or 1, right if v >= 1 else wrong)
-        for n, v in zip(lengths, verdicts, strict=True)
-    ]
+    return [None if v is None else cosine(n, max_tokens or 1, right if v >= 1 else wrong) for n, v in zip(lengths, verdicts, strict=True)]
 
 
 def soft_overlong(tokens: int, max_tokens: int, buffer: int) -> float:

@@ -34,13 +34,6 @@ REWARD_MODEL = (
 
 BUILTINS = {
     "choice_letter": Builtin("rewards.choice_letter", ("letters",)),
-    "code_tests": Builtin("rewards.code_tests", ("reward", "limits", "backend"), alone=True),
-    "command_check": Builtin(
-        "rewards.command_check",
-        ("command", "file", "append", "reject", "paths", "limits", "backend"),
-        required=("command",),
-        alone=True,
-    ),
     "countdown": Builtin("rewards.countdown", ("use_all",)),
     "exact_text": Builtin("rewards.exact_text", ("ignore_case",)),
     "instruction_constraints": Builtin("rewards.instruction_constraints", ("all_or_nothing",)),
@@ -57,3 +50,6 @@ BUILTINS = {
     "tag_count": Builtin("rewards.tag_count", ("tags",)),
     "think_format": Builtin("rewards.think_format"),
 }
+
+LATER = ("code_tests", "command_check")
+"""Names whose work is written and not shown yet: the sandbox's weaker backend has let a bomb outlive its judge."""

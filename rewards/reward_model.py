@@ -92,9 +92,7 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
 class TransformersHead:
     """The model by transformers."""
 
-    def __init__(
-        self, model: str, revision: str | None, device: str, dtype: str, max_length: int | None, batch_tokens: int
-    ) -> None:
+    def __init__(self, model: str, revision: str | None, device: str, dtype: str, max_length: int | None, batch_tokens: int) -> None:
         import torch
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 

@@ -46,9 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--recipe", help="a recipe; only its rewards section is read")
     source.add_argument("--reward", action="append", help="a reward function by name; may stand several times")
-    parser.add_argument(
-        "--plugin", action="append", default=[], help="./file.py:function, package.module:function, or an entry point"
-    )
+    parser.add_argument("--plugin", action="append", default=[], help="./file.py:function, package.module:function, or an entry point")
     parser.add_argument("--in", dest="rows", required=True, type=Path, metavar="ROWS.jsonl")
     parser.add_argument("--out", required=True, type=Path, metavar="SCORED.jsonl")
     parser.add_argument("overrides", nargs="*", metavar="rewards.key=value")
@@ -61,9 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def read_config(
-    recipe: str | None, rewards: Sequence[str] | None, plugins: Sequence[str], overrides: Sequence[str]
-) -> RewardsConfig:
+def read_config(recipe: str | None, rewards: Sequence[str] | None, plugins: Sequence[str], overrides: Sequence[str]) -> RewardsConfig:
     """The rewards section, of a recipe or of the names on the command line."""
     if recipe is not None:
         if plugins:
@@ -201,9 +197,7 @@ class ScoreRun:
             spent = f", {self._seconds[name]:.2f} s in its processes" if name in self._seconds else ""
             print(f"  {name}: mean {fmean(values):.4f} over {len(values)}{spent}", file=self._log)
         if len(self._failed) > max_error_rate * self._written:
-            print(
-                f"more than rewards.max_error_rate {max_error_rate:g} failed: {self._scorer.explain(self._failed)}", file=self._log
-            )
+            print(f"more than rewards.max_error_rate {max_error_rate:g} failed: {self._scorer.explain(self._failed)}", file=self._log)
             return 1
         return 0
 

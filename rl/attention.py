@@ -138,7 +138,7 @@ def _compiled() -> Callable[..., Any]:
 
 
 class _CpuAttention(torch.autograd.Function):
-    """[1, H, T, d] and twice [1, J, T, d] -> [1, T, H, d]. Inside, heads stand as [J, R, T, d]; key heads are expanded, not copied."""
+    """[1, H, T, d] and twice [1, J, T, d] -> [1, T, H, d]. Heads stand as [J, R, T, d]; key heads are expanded, not copied."""
 
     @staticmethod
     def forward(
@@ -158,9 +158,7 @@ class _CpuAttention(torch.autograd.Function):
                 part, part_lse = _flash(_rows(q[:, :, ours]), k[:, :1, prompt], v[:, :1, prompt], 0.0, False, scale=scale)
                 part, part_lse = part.view_as(out[:, :, ours]), part_lse.view_as(lse[:, :, ours])
                 total = torch.logaddexp(lse[:, :, ours], part_lse)
-                out[:, :, ours] = torch.lerp(
-                    out[:, :, ours].to(total.dtype), part.to(total.dtype), (part_lse - total).exp_()[..., None]
-                )
+                out[:, :, ours] = torch.lerp(out[:, :, ours].to(total.dtype), part.to(total.dtype), (part_lse - total).exp_()[..., None])
                 lse[:, :, ours] = total
         ctx.save_for_backward(query, key, value, flat, lse)
         ctx.families, ctx.scale = families, scale

@@ -71,6 +71,7 @@ class Checkpoints:
                 _make_durable(aside)
                 shutil.rmtree(self.path(step), ignore_errors=True)
                 os.replace(aside, self.path(step))
+                _sync(self.folder)  # the name too, before anything older goes
                 for old in self.steps()[: -self.keep]:
                     shutil.rmtree(self.path(old))
         except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
@@ -90,8 +91,16 @@ class Checkpoints:
             damage = _damage(self.path(step))
             if damage is None:
                 return step
-            print(f"{self.path(step)}: damaged ({damage}); going on from the checkpoint before it", flush=True)
+            print(f"{self.path(step)}: damaged ({damage}); not used", flush=True)
         return None
+
+    def set_aside_after(self, step: int) -> None:
+        """Renames checkpoints after `step`, which `newest` found damaged: what is written from here on must not be taken for older."""
+        for later in self.steps():
+            if later > step:
+                aside = self.folder / f"damaged-step-{later}"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(self.path(later), aside)
 
     def load(self, step: int, learner: Learner) -> dict[str, Any]:
         """Puts optimizer and RNG back in place and returns the state; the learner's model was loaded from the same folder."""
@@ -164,7 +173,12 @@ def _damage(folder: Path) -> str | None:
 
 
 def _make_durable(folder: Path) -> None:
-    for path in (*_files(folder), folder / "hashes.json", folder):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+    folders = [p for p in folder.rglob("*") if p.is_dir()]
+    for path in (*_files(folder), folder / "hashes.json", *folders, folder):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)

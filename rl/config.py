@@ -27,7 +27,7 @@ class RunConfig(Section):
 class LoraConfig(Section):
     rank: int = Field(16, ge=1)
     """Rank of each update."""
-    alpha: float = Field(32.0, gt=0.0)
+    alpha: int = Field(32, ge=1)
     """The update is scaled by alpha / rank."""
     targets: str | list[str] = "all-linear"
     """Modules by the ends of their names, or `all-linear`: all but the output head; peft adds the experts' matrices to these."""
@@ -209,7 +209,7 @@ class EvalConfig(Section):
     greedy: bool = True
     """Also one greedy completion of each prompt before the first step and after the last, so that mere sharpening shows."""
     reward: str | None = None
-    """The part that says whether a completion is right (1) or not; null: the first of rewards.parts."""
+    """The part that says whether a completion is right (1) or not, by its own value, before gates; null: the first of rewards.parts."""
 
 
 class CheckpointConfig(Section):
@@ -223,7 +223,7 @@ class LogConfig(Section):
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "clearml", "aim", "swanlab", "trackio"]] = []
     """Trackers of accelerate that get the numbers of metrics.jsonl as well."""
     completions: bool = True
-    """Write `completions/step-<N>.parquet`, every completion with its scores."""
+    """Write `completions/step-<N>.parquet`, the completions that a step was given, with their scores."""
 
 
 class HardwareConfig(Section):

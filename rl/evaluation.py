@@ -131,8 +131,8 @@ def evaluate(
             if len(group) == samples:
                 rows = [group[i] for i in range(samples)]
                 scorer.submit(completion.group_id, job_of(by_group[completion.group_id], completion.group_id, rows, text, -1))
-        for group_id, group_scores in scorer.poll(0.0 if pool.open else POLL_S):
-            scores[group_id] = group_scores
+        for key, group_scores in scorer.poll(0.0 if pool.open else POLL_S):
+            scores[str(key)] = group_scores
     return _summary(done, scores, by_group, text, sampling, samples, part, time.perf_counter() - began)
 
 

@@ -80,9 +80,7 @@ class Learner:
 
     def _pack(self, work: Sequence[list[Item]], share: Normaliser) -> Iterator[TrainBatch]:
         for part in split(work, self.config.micro_tokens, self.ranks.count)[self.ranks.rank]:
-            yield pack(
-                part, share, temperature=self.temperature, max_tokens=self.max_tokens, device=self.ranks.device
-            )
+            yield pack(part, share, temperature=self.temperature, max_tokens=self.max_tokens, device=self.ranks.device)
 
     def _finish(self, batch: TrainBatch) -> TrainBatch:
         """Adds the log-probs that the loss needs and the training pass does not have."""

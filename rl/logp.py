@@ -3,14 +3,14 @@
 The output head is applied only where a token is predicted, in chunks; the backward pass computes each chunk's logits again. Both
 numbers come from one pass over the logits, at the sampling temperature, in float32 or better.
 
-For a plain head the gradient is written out: with p = softmax(logits / temperature), d logp / d logits = (onehot - p) / temperature,
-so a chunk needs one [rows, V] tensor in the backward, and what depends on the token alone is multiplied into [rows, D]. A head that
-is more than a matrix (an adapter's, a sharded one) is left to autograd.
+For a plain head the gradient is written out: with p = softmax(logits / t), d logp / d logits = (onehot - p) / t, so a chunk needs one
+[rows, V] tensor in the backward, and what depends on the token alone is multiplied into [rows, D]. A head that is more than a matrix
+(an adapter's, a sharded one) is left to autograd.
 
     N  predicted tokens      D  hidden size      V  vocabulary
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,16 +19,18 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_LOGITS = 1 << 24
-"""Logits held at once: 64 MiB in float32."""
-CHUNK_ROWS = 512
-"""Rows at once: as many as a product needs to be fast; more only falls out of the cache."""
+"""Most logits held at once: 64 MiB in float32."""
+CACHED_LOGITS = 1 << 21
+"""As many as still lie in a CPU's cache; a chunk has no more where that leaves it CHUNK_ROWS."""
+CHUNK_ROWS = 128
+"""Rows that a product needs to be fast."""
 
 
 def logp_and_entropy(
-    head: torch.nn.Module, hidden_ND: torch.Tensor, target_N: torch.Tensor, temperature: float, vocabulary: int
+    head: Callable[[torch.Tensor], torch.Tensor], hidden_ND: torch.Tensor, target_N: torch.Tensor, temperature: float, vocabulary: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """logp_N of `target_N` and entropy_N (no gradient) of softmax(head(hidden) / temperature)."""
-    rows = max(1, min(CHUNK_ROWS, CHUNK_LOGITS // vocabulary))
+    rows = max(1, min(max(CHUNK_ROWS, CACHED_LOGITS // vocabulary), CHUNK_LOGITS // vocabulary))
     if type(head) is torch.nn.Linear and not isinstance(head.weight, DTensor):
         return _PlainHead.apply(hidden_ND, head.weight, head.bias, target_N, temperature, rows)
     logps, entropies = [], []
@@ -43,7 +45,7 @@ def logp_and_entropy(
 
 
 def _any_head(
-    head: torch.nn.Module, hidden_ND: torch.Tensor, target_N: torch.Tensor, temperature: float
+    head: Callable[[torch.Tensor], torch.Tensor], hidden_ND: torch.Tensor, target_N: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     logits_NV = head(hidden_ND)
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)) / temperature

@@ -7,14 +7,15 @@ merged. The reference of a KL term is the policy with its adapter off, so no sec
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from rl.config import LoraConfig
+
+if TYPE_CHECKING:  # a learner without an adapter needs no peft
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 ADAPTER = "default"
 
@@ -24,6 +25,9 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
 
     Raises ValueError where no module of the model is meant by `config.targets`.
     """
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import inject_adapter_in_model
+
     settings = PeftLoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -41,11 +45,15 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
 
 
 def has_adapter(model: torch.nn.Module) -> bool:
-    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    return any("lora_" in name for name, _ in model.named_parameters())
 
 
-def adapter_layers(model: torch.nn.Module) -> dict[str, BaseTunerLayer]:
+def adapter_layers(model: torch.nn.Module) -> "dict[str, BaseTunerLayer]":
     """peft's layers by the parameter that each changes, as the base model names it; empty without an adapter."""
+    if not has_adapter(model):
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     layers = {}
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
@@ -60,15 +68,16 @@ def base_name(name: str) -> str:
 
 
 @torch.no_grad()
-def merge(tensor: torch.Tensor, layer: BaseTunerLayer) -> torch.Tensor:
+def merge(tensor: torch.Tensor, layer: "BaseTunerLayer") -> torch.Tensor:
     """A new tensor: the base weight with its adapter added."""
-    return (tensor + layer.get_delta_weight(ADAPTER).to(tensor.device)).to(tensor.dtype)
+    delta: torch.Tensor = layer.get_delta_weight(ADAPTER)  # type: ignore[attr-defined]
+    return (tensor + delta.to(tensor.device)).to(tensor.dtype)
 
 
 @contextmanager
 def adapter_off(model: torch.nn.Module) -> Iterator[None]:
     """Within, the model is what it was before it had an adapter."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers = list(adapter_layers(model).values())
     for layer in layers:
         layer.enable_adapters(False)
     try:

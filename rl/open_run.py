@@ -4,6 +4,7 @@ Everything that can be wrong with the inputs is found before the folder is claim
 closed in the opposite order, whatever happens.
 """
 
+import ctypes
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from data.prompt_stream import PromptStream
 from data.prompts import PromptSet
 from data.recipe import InputError
 from data.values import Prompt
+from rewards.alarms import Alarms
 from rewards.scorer import Scorer
 from rl.checkpoint import check_room
 from rl.config import TrainRecipe
@@ -41,6 +43,7 @@ from rl.shard import shard, wanted
 from rl.stream import GroupStream, SharedStream
 from rl.sync import WeightSync
 
+PR_SET_PDEATHSIG = 1
 CHECKPOINT_BYTES = {"fp32": {"fp32": 4 + 8, "bf16": 4 + 4}, "bf16": {"fp32": 2 + 4 + 8, "bf16": 2 + 4 + 4}}
 """Bytes a parameter takes in a checkpoint, by precision and moments: weights, FP32 masters unless they are the weights, moments."""
 
@@ -69,15 +72,17 @@ def _open(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks, stack: ExitStack
     tokenizer = load_tokenizer(source)
     run = Run(recipe, folder, ranks, tokenizer)
     prompts, held_out, longest = _prompts(recipe, tokenizer) if ranks.main else (None, None, 0)
-    run.start = run.checkpoints.newest() or 0
+    run.start = ranks.from_main(run.checkpoints.newest() or 0 if ranks.main else 0)
     run.learner = _learner(run, source)
     for read in (prompts, held_out):
         _check_vocabulary(read.prompts if read else (), run)
+        _check_routes(read.prompts if read else (), recipe)
     if ranks.main:
         _check_room(run)
         folder.claim()
         run.journal = stack.enter_context(Journal(folder.path / "journal.sqlite"))  # from here on we are its one writer
         folder.go_on()
+        run.checkpoints.set_aside_after(run.start)
     run.display = Display(recipe.run.name, recipe.learner.steps, run.start, shown=ranks.main)
     if prompts is not None:
         _say_prompts(run, prompts, held_out)
@@ -109,6 +114,9 @@ def _learner(run: Run, source: Path) -> Learner:
     if sharded is not None and recipe.policy.lora is not None:
         raise InputError("policy.lora: adapters with FSDP are not there yet; launch without it, or train all weights")
 
+    # With it transformers loads zeros on all ranks but the first and counts on a broadcast; here each keeps its share of its own copy.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+
     def load(folder: Path) -> PreTrainedModel:
         model = load_model(folder, torch.float32 if sharded is not None else compute)  # what is sharded are the FP32 masters
         if sharded is not None:
@@ -139,6 +147,14 @@ def _check_vocabulary(prompts: Sequence[Prompt], run: Run) -> None:
                 f"policy.path: prompt '{prompt.id}' has token {prompt.token_ids.max()}, the policy knows tokens 0 to {tokens - 1}: "
                 "tokenizer and weights do not belong together; save them together with save_pretrained"
             )
+
+
+def _check_routes(prompts: Sequence[Prompt], recipe: TrainRecipe) -> None:
+    for prompt in prompts:
+        try:
+            recipe.rewards.parts_for(prompt.columns)
+        except ValueError as error:
+            raise InputError(f"prompt '{prompt.id}': {error}; add the route, or correct the row") from None
 
 
 def _check_room(run: Run) -> None:
@@ -190,6 +206,8 @@ def _restore(run: Run) -> None:
         stream = run.stream.stream
         stream.step = run.start
         stream.prompts.position = state.get("position", 0)
+        run.seconds_before = state.get("seconds", 0.0)
+        run.alarms = Alarms([part.key for part in run.recipe.rewards.shadow], state.get("alarms"))
         run.metrics.cut(run.start if run.start else -1)
         cut_completions(run.folder.path / "completions", run.start + 1)
         voided = run.journal.resume(run.start)
@@ -212,4 +230,7 @@ def _watch_signals(run: Run, stack: ExitStack) -> None:
         run.asked_to_end = True
 
     before = signal.signal(signal.SIGTERM, ask)
+    if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        # A scheduler tells the launcher to end, and accelerate's passes nothing on: its death is our SIGTERM (Linux).
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     stack.callback(signal.signal, signal.SIGTERM, before)

@@ -51,7 +51,7 @@ def step_line(done: int, steps: int, row: Mapping[str, float]) -> str:
         f"step {done:>{width}}/{steps}",
         f"reward {row['reward']:.3f} ± {row['reward_std']:.2f}",
         f"length {row['completions/mean_length']:.1f}",
-        f"entropy {row['entropy']:.3f}",
+        f"entropy {row['sampling/entropy']:.3f}",
         f"teach {row['groups/trained']:.0f}/{row['groups/sampled']:.0f}",
         f"sample {row['time/rollout_s']:.1f} s",
         f"score +{row['time/reward_s']:.1f} s",

@@ -6,7 +6,9 @@ comes. With one rank every call is the identity.
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -26,7 +28,9 @@ class Ranks:
     """This process among its fellows, on accelerate's PartialState."""
 
     def __init__(self) -> None:
-        self.state = PartialState(cpu=not torch.cuda.is_available())
+        # The others wait while rank 0 samples and evaluates, which may take hours; the default of ten minutes would end them.
+        waits = {"timeout": timedelta(days=1)} if "WORLD_SIZE" in os.environ else {}
+        self.state = PartialState(cpu=not torch.cuda.is_available(), **waits)
         self.rank: int = self.state.process_index
         self.count: int = self.state.num_processes
         self.device: torch.device = self.state.device
@@ -83,6 +87,13 @@ class Ranks:
         if self.count > 1:
             dist.all_reduce(packed, dist.ReduceOp.MAX)
         return packed.item()
+
+    def from_main(self, value: int) -> int:
+        """Rank 0's number, on all ranks."""
+        packed = torch.tensor(value, device=self.device)
+        if self.count > 1:
+            dist.broadcast(packed, 0)
+        return int(packed.item())
 
     def agree(self, flag: bool) -> bool:
         """True on all ranks if it is on any."""

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from data.completions import write_completions
 from data.journal import Journal
 from data.values import Prompt
+from rewards.alarms import Alarms
 from rewards.scorer import Scorer
 from rl.advantage import group_advantage
 from rl.checkpoint import Checkpoints
@@ -53,11 +54,14 @@ class Run:
         self.checkpoints = Checkpoints(folder.path / "checkpoints", recipe.checkpoint.keep, ranks)
         self.began = self.step_began = time.perf_counter()
         self.asked_to_end = False
+        self.seconds_before = 0.0
+        """Of the processes before this one, up to the checkpoint."""
         # Rank 0 alone:
         self.pool: RolloutPool
         self.scorer: Scorer
         self.journal: Journal
         self.metrics: MetricsFile
+        self.alarms: Alarms
         self.held_out: tuple[Prompt, ...] = ()
 
     # --- the end of a step --------------------------------------------------------------------------------------------
@@ -67,7 +71,7 @@ class Run:
         done = step + 1
         row = self.learner.watch.collect(with_kl=self.recipe.loss.kl_coef > 0.0)
         if self.ranks.main:
-            self._write_step(done, row)
+            self._write_step(done, row, time.perf_counter() - self.step_began)
         ending = self.ranks.agree(self.asked_to_end)
         if done == self.recipe.learner.steps or ending or _due(done, self.recipe.checkpoint.every):
             self.save(done)
@@ -75,7 +79,7 @@ class Run:
             raise Interrupted(f"asked to end after step {done}; start again with the same command to go on")
         self.step_began = time.perf_counter()
 
-    def _write_step(self, done: int, row: dict[str, float]) -> None:
+    def _write_step(self, done: int, row: dict[str, float], taken_s: float) -> None:
         stream = self.stream.stream
         groups = stream.handed
         if self.recipe.log.completions:
@@ -83,7 +87,12 @@ class Run:
             texts = [[stream.text(c) for c in group.completions] for group in groups]
             write_completions(self.folder.path / "completions", done, groups, texts, advantages_PG.tolist())
         row = {"step": done} | stream.numbers | row | self.sync.metrics()
-        row["time/learn_s"] = time.perf_counter() - self.step_began - sum(row[f"time/{p}_s"] for p in ("rollout", "reward", "sync"))
+        row["time/learn_s"] = taken_s - sum(row[f"time/{phase}_s"] for phase in ("rollout", "reward", "sync"))
+        row["tokens/wasted"] = row["tokens/sampled"] - row["tokens/trained"]
+        alarms = self.alarms.step(groups, stream.text)
+        row |= alarms.metrics
+        for message in alarms.messages:
+            self.display.say(f"alarm: {message}")
         stream.end_step()
         if self.held_out and (done == self.recipe.learner.steps or _due(done, self.recipe.eval.every)):
             row |= self.evaluate(done, greedy=done == self.recipe.learner.steps)
@@ -94,9 +103,11 @@ class Run:
     def save(self, done: int) -> None:
         """The checkpoint after `done` steps; a use of a group is final once it is there."""
         self.display.phase("saving")
-        state = {"step": done, "updates": self.learner.updates, "optimizer_steps": self.learner.optim.steps}
+        state: dict[str, Any] = {"step": done, "updates": self.learner.updates, "optimizer_steps": self.learner.optim.steps}
         if self.ranks.main:
-            state["position"] = self.stream.stream.prompts.position
+            state["seconds"] = self.seconds_before + time.perf_counter() - self.began
+            state |= {"position": self.stream.stream.prompts.position, "alarms": self.alarms.state()}
+            self.journal.flush()
         self.checkpoints.save(done, self.learner, self.tokenizer, state)
         if self.ranks.main:
             self.journal.contain(done, oldest=self.checkpoints.steps()[0])
@@ -149,7 +160,7 @@ class Run:
             for _ in self.learner.export():
                 pass
         rows = self.metrics.rows() if self.ranks.main else []
-        return result_of(rows, time.perf_counter() - self.began)
+        return result_of(rows, self.seconds_before + time.perf_counter() - self.began)
 
 
 def result_of(rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:

@@ -161,7 +161,8 @@ class GroupStream:
                 for completion in self.pool.poll(POLL_S):
                     self._arrived(completion, begun, scoring, now)
                 sampled = time.perf_counter()
-            for group_id, scores in self.scorer.poll(0.0 if begun else POLL_S):
+            for key, scores in self.scorer.poll(0.0 if begun else POLL_S):
+                group_id = str(key)
                 group = scoring.pop(group_id)
                 self.journal.put_scores(group_id, dict(enumerate(scores)))
                 self._scored(group, scores, now)

@@ -39,11 +39,12 @@ class Watch:
             (c, s) for g in groups for c, s in zip(g.completions, g.scores, strict=True)
             if trained(c, s.value is not None, mask_truncated)
         ]  # fmt: skip
-        forwarded = sum(int(item.completion.mask.sum()) for items in work for item in items)
+        # With a KL term groups of zero advantage are forwarded as well; they keep to the reference and teach nothing.
+        teaching = [items for items in work if any(item.advantage != 0.0 for item in items)]
+        trained_tokens = sum(int(item.completion.mask.sum()) for items in teaching for item in items)
         self.counts = {
-            "groups/trained": len(work),
-            "tokens/trained": forwarded,
-            "tokens/wasted": sum(len(c.token_ids) for g in groups for c in g.completions) - forwarded,
+            "groups/trained": len(teaching),
+            "tokens/trained": trained_tokens,
             "completions/masked_ratio": 1.0 - len(candidates) / max(1, sum(len(g.completions) for g in groups)),
         }
 
@@ -81,25 +82,27 @@ class Watch:
         packed = torch.tensor([self.sums[name] for name in SUMS], dtype=torch.float64, device=self.ranks.device)
         total = dict(zip(SUMS, self.ranks.sum(packed).tolist(), strict=True))
         largest = self.ranks.largest(self.largest_difference)
-        tokens = max(1.0, total["tokens"])
         updates = max(1, self.updates)
-        low, high = total["low"] / tokens, total["high"] / tokens
         numbers = {
             "loss": total["loss"] / updates,
             "grad_norm": self.grad_norm / updates,
             "learning_rate": self.rate,
-            "entropy": total["entropy"] / tokens,
-            "clip_ratio/low_mean": low,
-            "clip_ratio/high_mean": high,
-            "clip_ratio/region_mean": low + high,
-            "ratio/mean": total["ratio"] / tokens,
-            "sampling/importance_sampling_ratio/mean": total["correction"] / tokens,
-            "sampling/sampling_logp_difference/mean": total["logp_difference"] / tokens,
-            "sampling/sampling_logp_difference/max": largest,
-            "mismatch/kl": total["mismatch_kl"] / tokens,
             **self.counts,
         }
-        if with_kl:
-            numbers["kl"] = total["kl"] / tokens
+        if tokens := total["tokens"]:  # a step that trains on nothing has no means over what it trained on
+            low, high = total["low"] / tokens, total["high"] / tokens
+            numbers |= {
+                "entropy": total["entropy"] / tokens,
+                "clip_ratio/low_mean": low,
+                "clip_ratio/high_mean": high,
+                "clip_ratio/region_mean": low + high,
+                "ratio/mean": total["ratio"] / tokens,
+                "sampling/importance_sampling_ratio/mean": total["correction"] / tokens,
+                "sampling/sampling_logp_difference/mean": total["logp_difference"] / tokens,
+                "sampling/sampling_logp_difference/max": largest,
+                "mismatch/kl": total["mismatch_kl"] / tokens,
+            }
+            if with_kl:
+                numbers["kl"] = total["kl"] / tokens
         self._reset()
         return numbers

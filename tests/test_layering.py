@@ -92,7 +92,7 @@ def test_the_learner_runs_on_a_bare_gpu_image():
         "import sys\n"
         "class Absent:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in {'vllm', 'trl', 'datasets', 'pyarrow', 'math_verify', 'ray'}:\n"
+        "        if name.split('.')[0] in {'vllm', 'trl', 'datasets', 'pyarrow', 'math_verify', 'ray', 'peft'}:\n"
         "            raise ModuleNotFoundError(f'{name} is not on a bare image', name=name)\n"
         "sys.meta_path.insert(0, Absent())\n"
     )

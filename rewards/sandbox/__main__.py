@@ -20,9 +20,7 @@ def doctor() -> int:
         landlock = f"Landlock {facts['landlock']}" if facts["landlock"] else "no Landlock"
         print(f"{name:<11} runs programs: {landlock}, as user {facts['uid']}, {'with' if facts['proc'] else 'without'} /proc")
     chosen = next((name for name in ("namespaces", "landlock") if name in held), None)
-    print(
-        f"default: {chosen or 'none, code rewards are refused'}{' (the weaker one: no namespaces)' if chosen == 'landlock' else ''}"
-    )
+    print(f"default: {chosen or 'none, code rewards are refused'}{' (the weaker one: no namespaces)' if chosen == 'landlock' else ''}")
     return 0 if chosen else 1
 
 

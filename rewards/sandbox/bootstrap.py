@@ -23,12 +23,7 @@ from rewards.sandbox.server import Server
 _DYNAMIC_UIDS = range(61184, 65520)
 """Set aside for users without a name (systemd's DynamicUser), and present in the id maps of most containers."""
 _NAMESPACES = (
-    kernel.CLONE_NEWUSER
-    | kernel.CLONE_NEWNS
-    | kernel.CLONE_NEWPID
-    | kernel.CLONE_NEWNET
-    | kernel.CLONE_NEWIPC
-    | kernel.CLONE_NEWUTS
+    kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS
 )
 
 
@@ -40,9 +35,7 @@ def serve(config: dict[str, Any]) -> None:
     except (OSError, SandboxError) as error:
         control.send(json.dumps({"refused": str(error)}).encode())
         return
-    control.send(
-        json.dumps({"ready": {"landlock": how.landlock, "uid": os.getuid(), "proc": Path("/proc/self").exists()}}).encode()
-    )
+    control.send(json.dumps({"ready": {"landlock": how.landlock, "uid": os.getuid(), "proc": Path("/proc/self").exists()}}).encode())
     Server(control, how, own_pids).serve()
 
 

@@ -109,7 +109,7 @@ class Sandbox:
         self.close()
 
     def _start(self, backend: str) -> str:
-        refused = []
+        refused: list[str] = []
         for name in ("namespaces", "landlock") if backend == "auto" else (backend,):
             said = self._try(name) or self._probe()
             if not said:

@@ -114,7 +114,7 @@ def _check(job: dict[str, Any], program: Program) -> dict[str, Any]:
 
     text = job["text"]
     try:
-        code = compile(_counting(text), "asserts", "exec")
+        code = compile(_counting(text), "asserts", "exec")  # type: ignore[call-overload]
         names: dict[str, Any] = {"__name__": "asserts", "__builtins__": builtins, "__cohort_passed__": count}
         program.expect(job["nonce"])
         names |= program.names(plain_names(text, job["names"]))

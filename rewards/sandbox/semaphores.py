@@ -4,7 +4,7 @@ The machine's /dev/shm holds what other processes share, so a program without a 
 which multiprocessing uses, live there. These have no name: they are in memory that forks inherit.
 """
 
-import _multiprocessing
+import _multiprocessing  # type: ignore[import-not-found]
 import ctypes
 import mmap
 import threading
@@ -87,5 +87,5 @@ class SemLock:
 
 
 def install() -> None:
-    _multiprocessing.SemLock = SemLock  # type: ignore[misc]
-    heap.Arena._dir_candidates = []  # type: ignore[attr-defined] - shared values in the temporary folder
+    _multiprocessing.SemLock = SemLock
+    heap.Arena._dir_candidates = []  # type: ignore[attr-defined]  # shared values in the temporary folder

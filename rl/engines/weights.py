@@ -26,6 +26,7 @@ from typing import Protocol
 
 import torch
 
+from data.recipe import InputError
 from rl.engines.base import TensorSlot, WeightChunk
 
 ALIGN_bytes = 64
@@ -198,7 +199,7 @@ def _anonymous_file(size_bytes: int) -> int:
             os.posix_fallocate(fd, 0, size_bytes)
             return fd
     room = ", ".join(f"{folder} has {free_bytes / 1e9:.2f} GB" for folder, free_bytes in free.items())
-    raise ValueError(
+    raise InputError(
         f"weight file: the policy's weights need {size_bytes / 1e9:.2f} GB of shared memory, but {room} free; "
         "enlarge /dev/shm (docker: --shm-size) or set TMPDIR to a folder with room"
     )

@@ -1,8 +1,8 @@
 """What the learner's benchmarks share: a policy to measure on, groups of lognormal lengths, two ways to take a step, two clocks.
 
 One step is everything between scored completions and updated weights. trl's is its own `GRPOTrainer.training_step` on a batch
-padded as its own collation pads it, then the clipping and AdamW of its `Trainer`; ours is `Learner.batches` and `Learner.step`. trl's
-pass for old log-probs, which it makes whenever vLLM samples, has a clock of its own: with trl's own `generate` it falls away.
+padded as its own collation pads it, then the clipping and AdamW of its `Trainer`; ours is `Learner.batches` and `Learner.step`.
+trl's pass for old log-probs, which it makes whenever vLLM samples, has its own clock: with trl's own `generate` it falls away.
 """
 
 import os
@@ -143,9 +143,7 @@ def memory_rise(action: Callable[[], object]) -> int:
 
 def make_learner(policy: Path, **config: Any) -> Learner:
     settings = {"lr": RATE, "warmup_steps": 0} | config
-    return Learner(
-        load_model(policy, torch.float32), LOSS, LearnerConfig(**settings), Ranks(), temperature=1.0, max_tokens=4096
-    )
+    return Learner(load_model(policy, torch.float32), LOSS, LearnerConfig(**settings), Ranks(), temperature=1.0, max_tokens=4096)
 
 
 def learner_step(learner: Learner, groups: Sequence[Group]) -> None:

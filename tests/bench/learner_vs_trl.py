@@ -6,7 +6,8 @@ trl runs in its best stock configuration (fp32, `grouped_mm`, auxiliary loss 0, 
 a pass that was fastest for it, and again with its output head compacted as on GPU. All take turns in one process. `ratio_stock` and
 `ratio_compact` are trl's CPU seconds over ours with the pass for old log-probs that trl makes whenever vLLM samples;
 `…_one_pass` are the same without it, as with trl's own `generate`. Ratios are of the minima. `mem_ratio` compares how far the peak
-of resident memory rises during a step, each in a process of its own, after a first step that allocated the optimizer's moments.
+of resident memory rises during a step, each in a process of its own, after a first step that allocated the optimizer's moments. By
+default a pass holds the same eight completions on both sides, a group.
 """
 
 import argparse
@@ -120,7 +121,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=CASES, help="may be given several times; all if left out")
     parser.add_argument("--repeats", type=int, default=7, help="turns that count, at least five")
     parser.add_argument("--rows", type=int, default=ROWS, help="rows of a pass of trl's")
-    parser.add_argument("--micro-tokens", type=int, default=16384, help="learner.micro_tokens of ours")
+    parser.add_argument("--micro-tokens", type=int, default=1, help="learner.micro_tokens of ours; 1: a group a pass")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--memory-of", choices=["ours", "stock", "compact"], help="print one side's rise in bytes, nothing else")
     arguments = parser.parse_args()

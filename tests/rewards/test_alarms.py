@@ -10,9 +10,7 @@ from rewards.alarms import WINDOW, Alarms
 from rewards.self_consistency import self_consistency
 
 
-def groups(
-    rewards: list[float], shadow: float = 0.5, tokens: int = 10, form: float = 1.0, prompts: int = 4, answer: str | None = None
-):
+def groups(rewards: list[float], shadow: float = 0.5, tokens: int = 10, form: float = 1.0, prompts: int = 4, answer: str | None = None):
     made = []
     for p in range(prompts):
         prompt = Prompt(f"p{p}", "q", "q", np.zeros(1, np.int32))

@@ -104,9 +104,9 @@ def test_soft_overlong_is_equation_13():
 def test_cosine_falls_for_right_answers_and_rises_for_wrong_ones():
     assert [round(cosine(n, 100, (1.0, 0.5)), 6) for n in (0, 50, 100, 200)] == [1.0, 0.75, 0.5, 0.5]
     ids = [[1] * 50] * 3
-    assert length(
-        ["q"] * 3, ["#### 4", "#### 5", r"\boxed{four-ish}"], ids, answer=["4", "4", "x y z"], kind="cosine", max_tokens=100
-    )[:2] == [pytest.approx(0.75), pytest.approx(-0.75)]
+    assert length(["q"] * 3, ["#### 4", "#### 5", r"\boxed{four-ish}"], ids, answer=["4", "4", "x y z"], kind="cosine", max_tokens=100)[
+        :2
+    ] == [pytest.approx(0.75), pytest.approx(-0.75)]
 
 
 def test_group_length_compares_siblings():

@@ -147,9 +147,7 @@ def test_math_answer_scores_1_0_and_none():
     assert math_answer([[{"role": "user", "content": "q"}]], chat, solution=["#### 18"]) == [1.0]
 
 
-@pytest.mark.parametrize(
-    "shape", [r"The result is \boxed{{{}}}.", "<think>hm</think><answer>{}</answer>", "so\n#### {}", "Answer: {}"]
-)
+@pytest.mark.parametrize("shape", [r"The result is \boxed{{{}}}.", "<think>hm</think><answer>{}</answer>", "so\n#### {}", "Answer: {}"])
 def test_every_gold_of_gsm8k_equals_itself_and_differs_from_the_next_other_one(test_data, shape):
     rows = [json.loads(line)["answer"] for line in (test_data / "gsm8k" / "test.jsonl").open()]
     golds = [find_golds({"answer": row})[0].strip() for row in rows]

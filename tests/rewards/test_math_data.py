@@ -35,8 +35,7 @@ def test_every_gold_differs_from_the_next_other_one(golds, name):
     rows = golds[name]
     keys = [key_of(gold) for gold in rows]
     others = [
-        next(rows[(i + n) % len(rows)] for n in range(1, len(rows)) if keys[(i + n) % len(rows)] != key)
-        for i, key in enumerate(keys)
+        next(rows[(i + n) % len(rows)] for n in range(1, len(rows)) if keys[(i + n) % len(rows)] != key) for i, key in enumerate(keys)
     ]
     assert math_answer(rows, [rf"\boxed{{{other}}}" for other in others], answer=rows) == [0.0] * len(rows)
 

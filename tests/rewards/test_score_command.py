@@ -60,9 +60,7 @@ def test_a_run_killed_by_kill_9_goes_on_and_scores_no_row_of_the_journal_again(t
     kills = 0
     while kills < 2:
         before = len((tmp_path / "asked").read_text().split()) if kills else 0
-        running = subprocess.Popen(
-            [sys.executable, "-m", "rewards.score", *arguments], cwd=tmp_path, env=env, stderr=subprocess.DEVNULL
-        )
+        running = subprocess.Popen([sys.executable, "-m", "rewards.score", *arguments], cwd=tmp_path, env=env, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             if (tmp_path / "asked").exists() and len((tmp_path / "asked").read_text().split()) > before + 100:
@@ -88,22 +86,16 @@ def test_a_run_killed_by_kill_9_goes_on_and_scores_no_row_of_the_journal_again(t
 
 def in_journal(path: Path) -> set[int]:
     with sqlite3.connect(path) as journal:
-        return {
-            position for (position,) in journal.execute("SELECT position FROM score JOIN attempt ON score.attempt = attempt.key")
-        }
+        return {position for (position,) in journal.execute("SELECT position FROM score JOIN attempt ON score.attempt = attempt.key")}
 
 
 def test_rows_of_one_group_are_judged_together(tmp_path):
     (tmp_path / "mine.py").write_text(
         "def rank(completions, group_ids, **kwargs):\n    return [float(len(completions)) for _ in completions]\n"
     )
-    rows = [{"prompt": "q", "completion": "c", "group_id": g} for g in ("a", "a", "b", "a")] + [
-        {"prompt": "q", "completion": "c"}
-    ] * 2
+    rows = [{"prompt": "q", "completion": "c", "group_id": g} for g in ("a", "a", "b", "a")] + [{"prompt": "q", "completion": "c"}] * 2
     write_rows(tmp_path / "rows.jsonl", rows)
-    done = command(
-        "rewards.score", "--reward", "rank", "--plugin", "mine.py:rank", "--in", "rows.jsonl", "--out", "o.jsonl", cwd=tmp_path
-    )
+    done = command("rewards.score", "--reward", "rank", "--plugin", "mine.py:rank", "--in", "rows.jsonl", "--out", "o.jsonl", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [row["reward"] for row in read_rows(tmp_path / "o.jsonl")] == [2.0, 2.0, 1.0, 1.0, 1.0, 1.0]
 
@@ -129,9 +121,7 @@ def test_of_a_recipe_only_the_rewards_are_read_and_overrides_reach_them(tmp_path
 def test_more_failures_than_allowed_end_with_1_and_one_traceback(tmp_path):
     (tmp_path / "mine.py").write_text("def f(**kwargs):\n    raise KeyError('lost')\n")
     write_rows(tmp_path / "rows.jsonl", [{"prompt": "q", "completion": "c"}] * 3)
-    done = command(
-        "rewards.score", "--reward", "f", "--plugin", "mine.py:f", "--in", "rows.jsonl", "--out", "o.jsonl", cwd=tmp_path
-    )
+    done = command("rewards.score", "--reward", "f", "--plugin", "mine.py:f", "--in", "rows.jsonl", "--out", "o.jsonl", cwd=tmp_path)
     assert done.returncode == 1
     assert "3 of 3 scores failed, 3 of them in the reward function 'f'" in done.stderr and done.stderr.count("Traceback") == 1
     assert [row["reward"] for row in read_rows(tmp_path / "o.jsonl")] == [None] * 3

@@ -34,9 +34,7 @@ def config(parts: list[dict], plugins: list[str] = (), **rest) -> RewardsConfig:
     return RewardsConfig.model_validate({"plugins": list(plugins), "parts": parts, "workers": 2, **rest})
 
 
-def job(
-    completions: list[str], group_id: str = "g", prompt="2+2=", prompt_text: str = "2+2=", step: int = 0, **columns
-) -> ScoreJob:
+def job(completions: list[str], group_id: str = "g", prompt="2+2=", prompt_text: str = "2+2=", step: int = 0, **columns) -> ScoreJob:
     ids = [np.arange(len(text), dtype=np.int32) for text in completions]
     return ScoreJob(group_id, prompt, prompt_text, completions, ids, columns, step)
 

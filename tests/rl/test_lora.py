@@ -16,7 +16,7 @@ from rl.policy import checkpoint_views, load_model
 from rl.ranks import Ranks
 
 REWARDS = [[1, 0, 0, 1], [0, 1, 0, 0]]
-LORA = LoraConfig(rank=4, alpha=8.0)
+LORA = LoraConfig(rank=4, alpha=8)
 
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v3"])

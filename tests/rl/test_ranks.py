@@ -26,28 +26,39 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return policies.tiny_qwen3_moe(tmp_path_factory.mktemp("policy") / "moe", seed=0)
 
 
-FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+}
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
 
 
-@pytest.mark.parametrize("sharding", [{}, FSDP2], ids=["replicated", "sharded"])
+@pytest.fixture(scope="module")
+def of_two(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
+    """Gradients of two ranks, by case."""
+    out = tmp_path_factory.mktemp("ranks") / "grads.pt"
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, str(HERE / "two_ranks.py"), str(policy), str(out)],
+        env={**os.environ, "PYTHONPATH": f"{HERE.parent}:{HERE.parent.parent}", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return torch.load(out, weights_only=True)
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "sharded"])
 @pytest.mark.parametrize(
     ("case", "rewards"),
     [("spread", REWARDS), ("one rank has only zero advantages", [REWARDS[0], [1, 1, 1, 1], [0, 0, 0, 0]])],
 )
 def test_two_ranks_give_the_gradients_of_one(
-    policy: Path, tmp_path: Path, case: str, rewards: list[list[float]], sharding: dict[str, str]
+    policy: Path, of_two: dict[str, dict[str, torch.Tensor]], case: str, rewards: list[list[float]], sharding: str
 ) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    done = subprocess.run(
-        [*command, str(HERE / "two_ranks.py"), str(policy), str(tmp_path / "grads.pt"), case],
-            env={**os.environ, "PYTHONPATH": f"{HERE.parent}:{HERE.parent.parent}", "OMP_NUM_THREADS": "1", **sharding},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    two = torch.load(tmp_path / "grads.pt", weights_only=True)
     with NoFloat32():
         one = gradients(make_learner(policy, LossConfig(kind="dapo", ratio_base="engine")), near(make_groups(rewards), policy))
-    assert distance(two, one) < 1e-10
+    assert distance(of_two[f"{case}, {sharding}"], one) < 1e-10
 
 
 def test_groups_cross_between_ranks_bit_by_bit() -> None:
@@ -77,7 +88,7 @@ def test_groups_cross_between_ranks_bit_by_bit() -> None:
 
 @pytest.mark.parametrize("sharding", [{}, FSDP2], ids=["replicated", "sharded"])
 def test_a_run_on_two_ranks_ends_as_on_one_and_goes_on_after_a_stop(policy: Path, tmp_path: Path, sharding: dict[str, str]) -> None:
-    """The same completions, so the same steps but for rounding; stopped after step 2 and resumed, the same bits."""
+    """Replicated: the same completions and steps as one rank, but for rounding. Sharded: stopped after step 2 and resumed, the same bits."""
     (tmp_path / "plugin.py").write_text(
         "def zeros(completions, **columns):\n    return [t.count('5') + 0.1 * len(t) for t in completions]\n"
     )
@@ -93,7 +104,7 @@ def test_a_run_on_two_ranks_ends_as_on_one_and_goes_on_after_a_stop(policy: Path
             "eval": {"every": 0}, "checkpoint": {"every": 2},
         }  # fmt: skip
         (tmp_path / f"{name}.yaml").write_text(json.dumps(recipe))
-        launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"] if ranks > 1 else []
+        launch = TORCHRUN if ranks > 1 else []
         done = subprocess.run(
             [sys.executable, *launch, "-m", "rl.train", str(tmp_path / f"{name}.yaml"), *overrides],
             env={**os.environ, "PYTHONPATH": str(HERE.parent.parent), "OMP_NUM_THREADS": "1", **(sharding if ranks > 1 else {})},
@@ -102,13 +113,13 @@ def test_a_run_on_two_ranks_ends_as_on_one_and_goes_on_after_a_stop(policy: Path
         assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
         return load_file(tmp_path / name / "final" / "model.safetensors")
 
-    one, two = run("one", 1), run("two", 2)
-    start = load_file(policy / "model.safetensors")
-    moved = sum((one[k] - start[k]).square().sum() for k in one) ** 0.5
-    assert sum((one[k] - two[k]).square().sum() for k in one) ** 0.5 < 1e-3 * moved
-    resumed = tmp_path / "again" / "two"
+    two = run("two", 2)
+    if not sharding:
+        one, start = run("one", 1), load_file(policy / "model.safetensors")
+        moved = sum((one[k] - start[k]).square().sum() for k in one) ** 0.5
+        assert sum((one[k] - two[k]).square().sum() for k in one) ** 0.5 < 1e-3 * moved
+        return
     for steps in (2, 4):
-        overrides = (f"run.output_dir={tmp_path / 'again'}", f"learner.steps={steps}")
-        run("two", 2, *overrides)
-    again = load_file(resumed / "final" / "model.safetensors")
+        run("two", 2, f"run.output_dir={tmp_path / 'again'}", f"learner.steps={steps}")
+    again = load_file(tmp_path / "again" / "two" / "final" / "model.safetensors")
     assert all(torch.equal(two[k], again[k]) for k in two)

@@ -149,6 +149,27 @@ def test_sigterm_leaves_a_checkpoint_and_a_code_to_start_again_on(policy: Path, 
     assert same_weights(folder, whole)
 
 
+def test_the_end_of_the_launcher_leaves_a_checkpoint_too(policy: Path, tmp_path: Path) -> None:
+    path = recipe(tmp_path, policy, "run")
+    folder = tmp_path / "out" / "run"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+    process = subprocess.Popen(
+        [*launcher, "--mixed_precision=no", "--dynamo_backend=no", *command(path, "checkpoint.every=0", "learner.steps=200")[1:]],
+        cwd=CHECKOUT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    process.wait()
+    while not (folder / "exit.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert json.loads((folder / "exit.json").read_text())["code"] == 75
+    assert list((folder / "checkpoints").glob("step-*"))
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(policy: Path, whole: Path, tmp_path: Path) -> None:
     path = recipe(tmp_path, policy, "run")
     folder = tmp_path / "out" / "run"
@@ -159,6 +180,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(policy: Path, 
     weights_file.write_bytes(data)
     said = run(path)
     assert "step-4: damaged (model.safetensors is not what was written)" in said and "going on from" in said
+    assert (folder / "checkpoints" / "damaged-step-4").is_dir()
     assert rows(folder) == rows(whole)
     assert same_weights(folder, whole)
 
@@ -179,7 +201,7 @@ def test_micro_batches_and_a_kl_term_run(policy: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_goes_on_after_a_stop(policy: Path, tmp_path: Path) -> None:
-    lora = ("policy.lora={rank: 4, alpha: 8.0}", "loss.kl_coef=0.01", "eval.every=2")
+    lora = ("policy.lora={rank: 4, alpha: 8}", "loss.kl_coef=0.01", "eval.every=2")
     whole = recipe(tmp_path, policy, "whole")
     run(whole, *lora)
     parts = recipe(tmp_path, policy, "parts")

@@ -1,8 +1,9 @@
-"""What one of several ranks does for test_ranks.py; writes gradients (rank 0) to the file it is given.
+"""What one of several ranks does for test_ranks.py: gradients of every case, replicated and sharded, into the file it is given.
 
-Run by torch.distributed.run: `two_ranks.py POLICY OUT CASE`.
+Run by torch.distributed.run: `two_ranks.py POLICY OUT`.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from rl.config import LossConfig
 from rl.learner import Learner
 from rl.ranks import Ranks
-from rl.shard import shard, wanted
+from rl.shard import shard
 
 REWARDS = [[1, 0, 0, 1], [0, 1, 0, 0], [1, 1, 0.5, 0], [0.2, 0.9, 0.4, 0.0]]
 CASES = {
@@ -22,21 +23,32 @@ CASES = {
 }
 
 
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+
+
+def step_gradients(policy: Path, case: str, ranks: Ranks, sharded: bool) -> dict[str, torch.Tensor]:
+    groups = ranks.groups(lambda: near(make_groups(CASES[case]), policy))
+    learner = make_learner(policy, LossConfig(kind="dapo", ratio_base="engine"), micro_tokens=45)
+    if sharded:
+        exported = {name: tensor.clone() for name, tensor in learner.export()}
+        shard(learner.model, ranks, torch.float64)
+        learner = Learner(
+            learner.model, learner.loss, learner.config, ranks, sharded=torch.float64, temperature=TEMPERATURE, max_tokens=MAX_TOKENS
+        )
+        assert all(torch.equal(exported[name], tensor) for name, tensor in learner.export()), "what is gathered is what was sharded"
+    return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients(learner, groups).items()}
+
+
 def main() -> None:
-    policy, out, case = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    policy, out = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     ranks = Ranks()
+    found = {}
     with NoFloat32():
-        groups = ranks.groups(lambda: near(make_groups(CASES[case]), policy))
-        learner = make_learner(policy, LossConfig(kind="dapo", ratio_base="engine"), micro_tokens=45)
-        if wanted():
-            exported = {name: tensor.clone() for name, tensor in learner.export()}
-            shard(learner.model, ranks, torch.float64)
-            learner = Learner(
-                learner.model, learner.loss, learner.config, ranks, sharded=torch.float64, temperature=TEMPERATURE, max_tokens=MAX_TOKENS
-            )
-            assert all(torch.equal(exported[name], tensor) for name, tensor in learner.export()), "what is gathered is what was sharded"
-        found = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients(learner, groups).items()}
+        for sharded in (False, True):
+            os.environ.update(FSDP2 if sharded else {})
+            for case in CASES:
+                found[f"{case}, {'sharded' if sharded else 'replicated'}"] = step_gradients(policy, case, ranks, sharded)
     if ranks.main:
         torch.save(found, out)
     ranks.close()

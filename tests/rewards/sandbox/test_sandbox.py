@@ -28,7 +28,7 @@ def sandbox():
 @pytest.mark.parametrize("backend", ["namespaces", "landlock", "bubblewrap"])
 def test_every_hostile_program_is_held_and_every_honest_one_passes(backend, user):
     if not os.environ.get("COHORT_SANDBOX_CORPUS"):
-        pytest.skip("bombs need an outer cap on processes and memory around the tests; COHORT_SANDBOX_CORPUS=1 runs them where there is one")
+        pytest.skip("bombs need an outer cap on processes and memory; COHORT_SANDBOX_CORPUS=1 runs them where there is one")
     if backend == "bubblewrap" and not shutil.which("bwrap"):
         pytest.skip("bubblewrap is not installed")
     if user == "root" and os.geteuid():
