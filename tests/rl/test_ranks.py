@@ -88,7 +88,7 @@ def test_groups_cross_between_ranks_bit_by_bit() -> None:
 
 @pytest.mark.parametrize("sharding", [{}, FSDP2], ids=["replicated", "sharded"])
 def test_a_run_on_two_ranks_ends_as_on_one_and_goes_on_after_a_stop(policy: Path, tmp_path: Path, sharding: dict[str, str]) -> None:
-    """Replicated: the same completions and steps as one rank, but for rounding. Sharded: stopped after step 2 and resumed, the same bits."""
+    """Replicated: as one rank, but for rounding. Sharded: stopped after step 2 and resumed, the same bits."""
     (tmp_path / "plugin.py").write_text(
         "def zeros(completions, **columns):\n    return [t.count('5') + 0.1 * len(t) for t in completions]\n"
     )
