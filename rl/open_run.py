@@ -5,6 +5,7 @@ closed in the opposite order, whatever happens.
 """
 
 import ctypes
+import hashlib
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,7 @@ from rl.inputs import read_prompt_sets
 from rl.learner import Learner
 from rl.lora import add_adapter
 from rl.metrics_file import MetricsFile
-from rl.policy import DTYPES, load_model, load_tokenizer, policy_folder
+from rl.policy import DTYPES, load_model, load_tokenizer, policy_fingerprint, policy_folder
 from rl.pool import RolloutPool
 from rl.progress import Display
 from rl.ranks import Ranks
@@ -72,6 +73,7 @@ def _open(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks, stack: ExitStack
     tokenizer = load_tokenizer(source)
     run = Run(recipe, folder, ranks, tokenizer)
     prompts, held_out, longest = _prompts(recipe, tokenizer) if ranks.main else (None, None, 0)
+    seen = run.checkpoints.steps()
     run.start = ranks.from_main(run.checkpoints.newest() or 0 if ranks.main else 0)
     run.learner = _learner(run, source)
     for read in (prompts, held_out):
@@ -81,6 +83,9 @@ def _open(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks, stack: ExitStack
         _check_room(run)
         folder.claim()
         run.journal = stack.enter_context(Journal(folder.path / "journal.sqlite"))  # from here on we are its one writer
+        if run.checkpoints.steps() != seen:
+            raise InUse(f"{folder.path}: another process has just ended here and left a checkpoint; start again to go on from it")
+        _check_same_inputs(run, source, prompts)
         folder.go_on()
         run.checkpoints.set_aside_after(run.start)
     run.display = Display(recipe.run.name, recipe.learner.steps, run.start, shown=ranks.main)
@@ -147,6 +152,25 @@ def _check_vocabulary(prompts: Sequence[Prompt], run: Run) -> None:
                 f"policy.path: prompt '{prompt.id}' has token {prompt.token_ids.max()}, the policy knows tokens 0 to {tokens - 1}: "
                 "tokenizer and weights do not belong together; save them together with save_pretrained"
             )
+
+
+def _check_same_inputs(run: Run, source: Path, prompts: PromptSet | None) -> None:
+    """A run goes on only with the policy and the prompts it began with: what the journal holds was sampled from these."""
+    assert prompts is not None
+    now = {"policy": policy_fingerprint(source), "prompts": _prompts_fingerprint(prompts.prompts)}
+    for name, fingerprint in now.items():
+        if run.journal.meta(name) not in (None, fingerprint):
+            raise InputError(
+                f"{name}: not what {run.folder.path} began with, though the recipe says the same; restore it, or choose another run.name"
+            )
+    run.journal.set_meta(**now)
+
+
+def _prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(prompt.id.encode() + b"\0" + prompt.token_ids.tobytes() + b"\0")
+    return digest.hexdigest()
 
 
 def _check_routes(prompts: Sequence[Prompt], recipe: TrainRecipe) -> None:

@@ -8,6 +8,7 @@ weights to the engines; an engine that runs on transformers writes through them.
     E  experts      I  width of an expert      D  hidden size
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ logging.get_logger("transformers.modeling_utils").addFilter(lambda record: "LOAD
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARD_BYTES = 4 << 30
+END_BYTES = 1 << 20
 
 
 def policy_folder(path: str, revision: str | None) -> Path:
@@ -41,6 +43,19 @@ def policy_folder(path: str, revision: str | None) -> Path:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise InputError(f"policy.path: '{path}' is no folder, and the hub gave: {' '.join(str(error).split())}") from None
+
+
+def policy_fingerprint(folder: Path) -> str:
+    """Tells a policy from another in the same folder: sha256 over its config, and name, size and both ends of each safetensors file."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(END_BYTES))
+            file.seek(max(0, size - END_BYTES))
+            digest.update(file.read(END_BYTES))
+    return digest.hexdigest()
 
 
 def load_model(path: str | Path, dtype: torch.dtype, *, attention_name: str = attention.NAME) -> PreTrainedModel:

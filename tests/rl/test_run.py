@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,6 +184,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(policy: Path, 
     assert (folder / "checkpoints" / "damaged-step-4").is_dir()
     assert rows(folder) == rows(whole)
     assert same_weights(folder, whole)
+
+
+def test_another_policy_in_the_same_folder_is_not_gone_on_with(policy: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "policy"
+    shutil.copytree(policy, mine)
+    path = recipe(tmp_path, mine, "run")
+    run(path, "learner.steps=1")
+    data = bytearray((mine / "model.safetensors").read_bytes())
+    data[-3] ^= 1
+    (mine / "model.safetensors").write_bytes(data)
+    done = subprocess.run(command(path), cwd=CHECKOUT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("policy: not what ") and "run.name" in done.stderr
 
 
 def test_a_finished_run_prints_its_result_again(whole: Path) -> None:
