@@ -1,5 +1,6 @@
 """The scorer against functions that hang, die, lie and print; and against functions written for trl."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -327,7 +328,9 @@ scorer = Scorer(config([{{"name": "hangs"}}], [{path + ":hangs"!r}]))
 scorer.start()
 scorer.score([job(["a"]), job(["b"])])
 """
-    running = subprocess.Popen([sys.executable, "-c", trainer], cwd=CHECKOUT, stderr=subprocess.DEVNULL)
+    # A shell's background job, as tests may be, ignores Ctrl-C, and what it starts inherits that.
+    hears_ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    running = subprocess.Popen([sys.executable, "-c", trainer], cwd=CHECKOUT, stderr=subprocess.DEVNULL, preexec_fn=hears_ctrl_c)
     deadline = time.monotonic() + 20
     while (not pids.exists() or len(pids.read_text().split()) < 2) and time.monotonic() < deadline:
         time.sleep(0.05)

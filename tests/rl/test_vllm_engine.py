@@ -318,7 +318,9 @@ def test_no_process_outlives_the_trainer(folder: Path, tmp_path: Path, how: sign
     (tmp_path / "trainer.py").write_text(TRAINER)
     command = [sys.executable, str(tmp_path / "trainer.py"), str(folder / "moe0"), str(tmp_path / "orphan.log")]
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as trainer:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=hears_ctrl_c
+    ) as trainer:
         engine_pid = int(trainer.stdout.readline())
         family = [engine_pid, *children(trainer.pid)]
         assert len(family) >= 2  # the fork server is among them
@@ -329,6 +331,11 @@ def test_no_process_outlives_the_trainer(folder: Path, tmp_path: Path, how: sign
         assert time.perf_counter() < deadline, f"{family} outlived the trainer"
         time.sleep(0.05)
     assert said.count("Traceback") == (how == signal.SIGINT)
+
+
+def hears_ctrl_c() -> None:
+    """A shell's background job, as tests may be, ignores Ctrl-C, and what it starts inherits that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def children(pid: int) -> list[int]:
