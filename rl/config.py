@@ -81,6 +81,8 @@ class RolloutConfig(Section):
     """Strings that end a completion, besides the tokenizer's end of text; they stay in it."""
     slots: int = Field(128, ge=1)
     """Completions an engine decodes at once (vLLM's max_num_seqs)."""
+    weights: Literal["file", "nccl"] = "file"
+    """How weights reach vLLM engines. file: shared memory, which an engine that died is brought back from; nccl: GPU to GPU."""
     gpu_memory_utilization: float = Field(0.85, gt=0.0, lt=1.0)
     """Share of a GPU that a vLLM engine takes; not used on CPU."""
     max_resamples: int = Field(3, ge=0)
@@ -104,6 +106,12 @@ class RolloutConfig(Section):
             )
         if self.max_staleness > 0:
             raise ValueError(f"max_staleness {self.max_staleness}: this version samples on-policy, with 0")
+        return self
+
+    @model_validator(mode="after")
+    def _nccl_needs_vllm(self) -> "RolloutConfig":
+        if self.weights == "nccl" and self.engine != "vllm":
+            raise ValueError(f"weights nccl is vLLM's backend, and engine is '{self.engine}'; take weights: file")
         return self
 
     @field_validator("placement")

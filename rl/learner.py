@@ -25,6 +25,7 @@ from rl.loss import policy_loss
 from rl.optim import AdamW, learning_rate
 from rl.policy import checkpoint_specs, checkpoint_views
 from rl.ranks import Ranks
+from rl.router import RouterLoad
 from rl.shard import output_head
 from rl.watch import Watch
 
@@ -58,6 +59,9 @@ class Learner:
         self.optim = AdamW(model.named_parameters(), config.optimizer)
         self.updates = 0
         self.watch = Watch(ranks)
+        self.router = RouterLoad(model, ranks)
+        self.first_pass = True
+        """Whether the next training passes are the first that their tokens make through the policy in this step."""
 
     # --- what a step trains on ----------------------------------------------------------------------------------------
 
@@ -75,19 +79,25 @@ class Learner:
         slices = [[items for items in work if items[0].group * steps // len(groups) == n] for n in range(steps)]
         batched = [[self._finish(batch) for batch in self._pack(part, share)] for part in slices]
         self.watch.begin(groups, work, self.loss.mask_truncated)
-        for _ in range(self.config.epochs_per_batch):
+        for epoch in range(self.config.epochs_per_batch):
+            self.first_pass = epoch == 0 and not self._old_pass
             yield from batched
 
     def _pack(self, work: Sequence[list[Item]], share: Normaliser) -> Iterator[TrainBatch]:
         for part in split(work, self.config.micro_tokens, self.ranks.count)[self.ranks.rank]:
             yield pack(part, share, temperature=self.temperature, max_tokens=self.max_tokens, device=self.ranks.device)
 
+    @property
+    def _old_pass(self) -> bool:
+        """Whether old log-probs need a pass of their own."""
+        return self.config.steps_per_batch * self.config.epochs_per_batch > 1 and self.loss.ratio_base == "learner"
+
     def _finish(self, batch: TrainBatch) -> TrainBatch:
         """Adds the log-probs that the loss needs and the training pass does not have."""
-        several = self.config.steps_per_batch * self.config.epochs_per_batch > 1
-        if several and self.loss.ratio_base == "learner":
+        if self._old_pass:
             # The weights move between the updates of this batch: old_logp is what they were before the first.
-            batch = replace(batch, old_logp_N=self._logp(self.model, batch, grad=False)[0])
+            with self.router.counting(batch.count_T):
+                batch = replace(batch, old_logp_N=self._logp(self.model, batch, grad=False)[0])
         if self.loss.kl_coef > 0.0:
             with adapter_off(self.model) if self.reference is None else nullcontext():
                 batch = replace(batch, ref_logp_N=self._logp(self.reference or self.model, batch, grad=False)[0])
@@ -98,7 +108,8 @@ class Learner:
     def step(self, batches: Sequence[TrainBatch]) -> None:
         """Forward and backward over the passes of one optimizer step, then the update."""
         for batch in batches:
-            logp_N, entropy_N = self._logp(self.model, batch, grad=True)
+            with self.router.counting(batch.count_T) if self.first_pass else nullcontext():
+                logp_N, entropy_N = self._logp(self.model, batch, grad=True)
             parts = policy_loss(batch, logp_N, batch.old_logp_N, self.loss, batch.ref_logp_N)
             # Pieces of one sum: dividing by counts of the whole step has been done, so passes and ranks add up.
             parts.loss.backward()

@@ -28,6 +28,7 @@ from rewards.scorer import Scorer
 from rl.checkpoint import check_room
 from rl.config import TrainRecipe
 from rl.engines.make import make_engines
+from rl.engines.nccl import NcclSync
 from rl.engines.vllm import preload
 from rl.engines.weights import TensorSpec, read_manifest
 from rl.inputs import read_prompt_sets
@@ -67,6 +68,8 @@ def open_run(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks) -> Iterator[R
 def _open(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks, stack: ExitStack) -> Run:
     torch.set_num_threads(recipe.learner.threads or min(os.cpu_count() or 1, 16))
     assert recipe.policy.path is not None
+    if recipe.rollout.weights == "nccl" and not torch.cuda.is_available():
+        raise InputError("rollout.weights: nccl carries weights from GPU to GPU, and this machine has none; take file")
     if ranks.main and recipe.rollout.engine == "vllm":
         preload()  # importing vllm takes ten seconds; it goes on beside what follows
     source = policy_folder(recipe.policy.path, recipe.policy.revision)
@@ -97,7 +100,7 @@ def _open(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks, stack: ExitStack
         run.held_out = held_out.prompts if held_out else ()
         stream = _open_rollouts(run, source, prompts, longest, stack)
     run.stream = SharedStream(ranks, stream)
-    run.sync = WeightSync(run.pool.engines, _manifest(run.learner, source)) if ranks.main else WeightSync()
+    run.sync = _sync(run, source)
     stack.callback(run.sync.close)
     _restore(run)
     _watch_signals(run, stack)
@@ -187,6 +190,13 @@ def _check_room(run: Run) -> None:
     parameters = sum(p.numel() for p in run.learner.model.parameters())
     missing = recipe.checkpoint.keep + 1 - len(run.checkpoints.steps())
     check_room(run.folder.path, parameters * each * missing)
+
+
+def _sync(run: Run, source: Path) -> WeightSync | NcclSync:
+    engines = run.pool.engines if run.ranks.main else ()
+    if run.recipe.rollout.weights == "nccl":
+        return NcclSync(engines, _manifest(run.learner, source), run.ranks)
+    return WeightSync(engines, _manifest(run.learner, source)) if run.ranks.main else WeightSync()
 
 
 def _manifest(learner: Learner, source: Path) -> dict[str, TensorSpec]:

@@ -20,6 +20,7 @@ from rl.advantage import group_advantage
 from rl.checkpoint import Checkpoints
 from rl.config import TrainRecipe
 from rl.engines.base import Sampling
+from rl.engines.nccl import NcclSync
 from rl.evaluation import Evaluation, evaluate
 from rl.inputs import judge_of
 from rl.learner import Learner
@@ -49,7 +50,7 @@ class Run:
         """Steps that a checkpoint contains; the first step to do."""
         self.learner: Learner
         self.stream: SharedStream
-        self.sync: WeightSync
+        self.sync: WeightSync | NcclSync
         self.display: Display
         self.checkpoints = Checkpoints(folder.path / "checkpoints", recipe.checkpoint.keep, ranks)
         self.began = self.step_began = time.perf_counter()
@@ -69,7 +70,7 @@ class Run:
     def end_step(self, step: int) -> None:
         """Metrics, evaluation and checkpoint after step `step` (from 0); collective."""
         done = step + 1
-        row = self.learner.watch.collect(with_kl=self.recipe.loss.kl_coef > 0.0)
+        row = self.learner.watch.collect(with_kl=self.recipe.loss.kl_coef > 0.0) | self.learner.router.collect()
         if self.ranks.main:
             self._write_step(done, row, time.perf_counter() - self.step_began)
         ending = self.ranks.agree(self.asked_to_end)

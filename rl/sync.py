@@ -5,7 +5,7 @@ engines may still sample; the file is checked to hold exactly the policy's tenso
 side. So a bad export reaches no engine, and an engine stands still no longer than its own copy takes. The file keeps the update:
 an engine that restarts is back at its first weights, and `replay` brings it to the last ones.
 
-Here engines share the learner's machine. Between GPUs, `rl.engines.vllm_worker.NcclSender` does the same without the file.
+Engines share the learner's machine. Between its GPUs, `rl.engines.nccl.NcclSync` does the same without the file.
 """
 
 import time

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -225,6 +226,17 @@ def a_loss_that_is_not_known(inputs):
 @bad("policy.precision", "'fp8'", "does not have it yet", early=True)
 def a_precision_that_is_not_there_yet(inputs):
     inputs.set("policy.precision=fp8")
+
+
+@bad("weights nccl", "engine is 'hf'", "weights: file", early=True)
+def a_weight_transfer_that_the_engine_does_not_have(inputs):
+    inputs.set("rollout.weights=nccl")
+
+
+@bad("rollout.weights", "this machine has none", "take file")
+def weights_from_gpu_to_gpu_without_one(inputs):
+    inputs.patch.setattr(torch.cuda, "is_available", lambda: False)
+    inputs.set("rollout.weights=nccl", "rollout.engine=vllm")
 
 
 @bad("rollout.placement", "'ray'", "does not have it yet", early=True)

@@ -32,6 +32,7 @@ def make_engines(rollout: RolloutConfig, policy: PolicyConfig, folder: Path, max
                 tensor_parallel=rollout.tensor_parallel,
                 devices=_devices(number, rollout, gpus),
                 gpu_memory_utilization=rollout.gpu_memory_utilization,
+                weight_backend="nccl" if rollout.weights == "nccl" else "cohort_file",
             )
         )
     return engines

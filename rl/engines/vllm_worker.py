@@ -395,10 +395,9 @@ WeightTransferEngineFactory.register_engine("cohort_file", FileTransfer)
 
 
 class NcclSender:
-    """The learner's end of vLLM's `nccl` backend: broadcasts from the learner's GPU to those of all engines. Has never run.
+    """The learner's end of vLLM's `nccl` backend: broadcasts from the learner's GPU to those of all engines. Has never run on one.
 
-    Made on every rank, of engines whose `weight_backend` is `nccl`; rank 0 alone has them. An engine that restarts cannot be
-    replayed from a file here: all of them join a new sender.
+    Made on every rank, of engines whose `weight_backend` is `nccl`; rank 0 alone has them.
     """
 
     def __init__(self, engines: Sequence[VllmEngine], learner: Exporter, manifest: Manifest, *, rank: int, address: str, port: int) -> None:

@@ -66,6 +66,11 @@ class TensorSpec:
 Manifest = Mapping[str, TensorSpec]
 
 
+def size_of(spec: TensorSpec) -> int:
+    """Bytes."""
+    return prod(spec.shape) * int(getattr(torch, spec.dtype).itemsize)
+
+
 class Exporter(Protocol):
     """What a weight update needs of the learner."""
 
@@ -106,8 +111,7 @@ class WeightFile:
         """Size of the model in the file."""
         for name, spec in manifest.items():
             self.slots[name] = TensorSlot(name, spec.dtype, spec.shape, self.bytes)
-            size = prod(spec.shape) * getattr(torch, spec.dtype).itemsize
-            self.bytes += -(-size // ALIGN_bytes) * ALIGN_bytes
+            self.bytes += -(-size_of(spec) // ALIGN_bytes) * ALIGN_bytes
         self._chunk_bytes = chunk_bytes
         self._fd = _anonymous_file(self.bytes)
         self._map = mmap.mmap(self._fd, self.bytes)
