@@ -85,6 +85,9 @@ class RolloutConfig(Section):
     """How weights reach vLLM engines. file: shared memory, which an engine that died is brought back from; nccl: GPU to GPU."""
     gpu_memory_utilization: float = Field(0.85, gt=0.0, lt=1.0)
     """Share of a GPU that a vLLM engine takes; not used on CPU."""
+    stall_s: float = Field(60.0, gt=0.0)
+    """An engine that has work and samples no token for so many seconds is hung, and is started again; as long again for each 2048
+    tokens of the longest prompt it has to read."""
     max_resamples: int = Field(3, ge=0)
     """How often in a step a group that could not be scored is asked again."""
     resample_zero_groups: bool = False

@@ -25,6 +25,7 @@ from rl.config import TrainRecipe
 from rl.estimate import GB, Machine, Place, Sizes, learner_ranks, machine_of, pass_tokens, places, sizes_of
 from rl.inputs import (
     check_engine,
+    check_gpus,
     check_judge,
     check_policy,
     check_trackers,
@@ -63,6 +64,7 @@ def dry_run(recipe: TrainRecipe, folder: RunFolder) -> int:
     ours = folder.check(recipe.run.resume)
     inputs = look(recipe, ["prompts", "eval.prompts"])
     machine = machine_of(recipe.hardware)
+    check_gpus(recipe.rollout, machine.gpus)
     longest, sizes = longest_sequence(recipe, inputs), policy_sizes(recipe)
     if not main_rank():
         return 0

@@ -85,7 +85,7 @@ def evaluate_policy(recipe: TrainRecipe, logs: Path) -> "list[Evaluation]":
         passes.append((1, 0.0))
     engines = make_engines(recipe.rollout, recipe.policy, source, max_model_len, logs)
     found = []
-    with Scorer(recipe.rewards, log_dir=logs) as scorer, RolloutPool(engines) as pool:
+    with Scorer(recipe.rewards, log_dir=logs) as scorer, RolloutPool(engines, stall_s=recipe.rollout.stall_s) as pool:
         for samples, temperature in passes:
             sampling = Sampling(config.max_tokens or recipe.rollout.max_tokens, temperature, tuple(recipe.rollout.stop))
             found.append(

@@ -11,7 +11,7 @@ from data.prompt_config import PromptsConfig
 from data.prompt_files import is_hub_id
 from data.prompts import PromptSet, check_prompts, read_prompts
 from data.recipe import InputError
-from rl.config import PolicyConfig, TrainRecipe
+from rl.config import PolicyConfig, RolloutConfig, TrainRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,3 +114,15 @@ def check_engine(recipe: TrainRecipe) -> None:
         raise InputError(
             "rollout.engine: vllm is not installed; `make install` (CPU) or `make install EXTRA=gpu` brings it, or set rollout.engine=hf"
         )
+
+
+def check_gpus(rollout: RolloutConfig, gpus: int) -> None:
+    """gpus: of the node that the engines are on; 0 is a CPU machine. Engines in the learner's process (hf) need none of their own."""
+    needed = rollout.engines * rollout.tensor_parallel
+    if rollout.engine == "vllm" and 0 < gpus < needed:
+        raise InputError(
+            f"rollout.engines: {rollout.engines} engines with rollout.tensor_parallel {rollout.tensor_parallel} need {needed} GPUs, "
+            f"and there {'is' if gpus == 1 else 'are'} {gpus}; lower one of the two"
+        )
+    if rollout.weights == "nccl" and gpus == 0:
+        raise InputError("rollout.weights: nccl carries weights from GPU to GPU, and this machine has none; take file")

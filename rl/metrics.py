@@ -30,6 +30,16 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     return numbers | part_means(groups)
 
 
+def length_bias(groups: Sequence[Group], tokens: int, completions: int) -> dict[str, float]:
+    """Whether what is trained is longer or shorter than what was sampled: the ratio of mean lengths, 1 where they are alike.
+
+    groups: those handed to the learner; those that teach count. tokens, completions: of all that the step sampled, failed groups and
+    those put aside included. Long completions are what timeouts and dead engines lose first, and a policy learns from what is left.
+    """
+    lengths = [len(c.token_ids) for group in groups if teaches(group) for c in group.completions]
+    return {"completions/length_bias": fmean(lengths) * completions / tokens} if lengths and tokens else {}
+
+
 def part_means(groups: Sequence[Group]) -> dict[str, float]:
     """`rewards/<name>/mean` of each part, over the completions it could judge."""
     names = dict.fromkeys(name for g in groups for s in g.scores for name in s.parts)

@@ -31,7 +31,7 @@ from rl.engines.make import make_engines
 from rl.engines.nccl import NcclSync
 from rl.engines.vllm import preload
 from rl.engines.weights import TensorSpec, read_manifest
-from rl.inputs import read_prompt_sets
+from rl.inputs import check_gpus, read_prompt_sets
 from rl.learner import Learner
 from rl.lora import add_adapter
 from rl.metrics_file import MetricsFile
@@ -68,8 +68,7 @@ def open_run(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks) -> Iterator[R
 def _open(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks, stack: ExitStack) -> Run:
     torch.set_num_threads(recipe.learner.threads or min(os.cpu_count() or 1, 16))
     assert recipe.policy.path is not None
-    if recipe.rollout.weights == "nccl" and not torch.cuda.is_available():
-        raise InputError("rollout.weights: nccl carries weights from GPU to GPU, and this machine has none; take file")
+    check_gpus(recipe.rollout, torch.cuda.device_count())
     if ranks.main and recipe.rollout.engine == "vllm":
         preload()  # importing vllm takes ten seconds; it goes on beside what follows
     source = policy_folder(recipe.policy.path, recipe.policy.revision)
@@ -102,6 +101,8 @@ def _open(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks, stack: ExitStack
     run.stream = SharedStream(ranks, stream)
     run.sync = _sync(run, source)
     stack.callback(run.sync.close)
+    if ranks.main:
+        run.pool.catch_up = run.sync.replay
     _restore(run)
     _watch_signals(run, stack)
     return run
@@ -222,7 +223,7 @@ def _open_rollouts(run: Run, source: Path, prompts: PromptSet, max_model_len: in
     (folder / "logs").mkdir(exist_ok=True)
     run.scorer = stack.enter_context(Scorer(recipe.rewards, log_dir=folder / "logs"))
     engines = make_engines(recipe.rollout, recipe.policy, source, max_model_len, folder / "logs")
-    run.pool = stack.enter_context(RolloutPool(engines))
+    run.pool = stack.enter_context(RolloutPool(engines, stall_s=recipe.rollout.stall_s, say=run.display.say))
     stream = GroupStream(
         PromptStream(prompts.prompts, recipe.run.seed), run.pool, run.scorer, run.journal, run.tokenizer, recipe.rollout,
         run=recipe.run.name, seed=recipe.run.seed, max_error_rate=recipe.rewards.max_error_rate,

@@ -5,7 +5,10 @@ Completions are asked for a group at a time and come back one by one, in whateve
 slow engine does not sit on work that another could do. An engine that takes whole groups (hf) gets them by the prompt's place in the
 stream alone, because its results may depend on which engine it is.
 
-A dead engine ends the run with its last words.
+An engine may die, hang, or give log-probs that are no numbers. Then its life is over: what it had not finished is asked again, of
+another engine or of its next life, by the same requests and so with the same seeds; nothing that the old life still says is taken.
+It is started again in the background and brought to the current weights (`catch_up`) before it samples. An engine that dies again
+and again without finishing anything, or a completion that is there at every death, ends the run with the engine's last log lines.
 """
 
 import queue
@@ -14,26 +17,44 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
 from data.values import Completion
-from rl.engines.base import Died, Engine, EngineDead, Mailbox, Request
+from rl.engines.base import Died, Engine, EngineDead, Finished, Pulse, Request
+from rl.engines.lives import Mail, Seat, Started
+
+DEATHS = 5
+"""An engine that died so often in a row without finishing a completion will not come round."""
+REASKS = 8
+"""A completion that was unfinished at so many deaths is taken for their cause."""
+WATCH_s = 0.25
+"""How often engines are looked at that say nothing."""
 
 
 class RolloutPool:
-    """Engines that share a mailbox; a context manager that starts and closes them."""
+    """Engines that share a mailbox; a context manager that starts and closes them. For one thread."""
 
-    def __init__(self, engines: Sequence[Engine]):
+    def __init__(self, engines: Sequence[Engine], *, stall_s: float = 60.0, say: Callable[[str], None] = lambda line: None):
+        """stall_s: how long an engine that has work may sample no token; say: told when an engine dies, and when it is back."""
         self.engines = list(engines)
-        self.mailbox: Mailbox = queue.SimpleQueue()
+        self.catch_up: Callable[[Engine], None] = lambda engine: None
+        """Brings an engine that was started again to the current weights; called in a thread of its own."""
         self.waiting: deque[Request] = deque()
         """Completions that no engine has yet."""
-        self.running: dict[str, Engine] = {}
-        """Completions by id, and the engine that has them."""
-        self.load = {engine.name: 0 for engine in self.engines}
+        self._mail: queue.SimpleQueue[Mail] = queue.SimpleQueue()
+        self._seats = [Seat(engine, self._mail) for engine in self.engines]
+        self._wanted: dict[str, int] = {}
+        """Completions asked for and not handed out, by id, and how many deaths have undone them."""
+        self._groups: dict[str, Sequence[Request]] = {}
+        """All requests of the groups in work, where engines take whole groups."""
+        self._stall_s = stall_s
+        self._say = say
+        self._restarts = self._reasked = self._lost_tokens = 0
 
     def __enter__(self) -> "RolloutPool":
         try:
-            with ThreadPoolExecutor(len(self.engines)) as threads:
-                list(threads.map(lambda engine: engine.start(self.mailbox), self.engines))
+            with ThreadPoolExecutor(len(self._seats)) as threads:
+                list(threads.map(Seat.start, self._seats))
         except BaseException:
             self.close()
             raise
@@ -43,42 +64,39 @@ class RolloutPool:
         self.close()
 
     def close(self) -> None:
-        for engine in self.engines:
-            engine.close()
+        for seat in self._seats:
+            seat.close()
 
     @property
     def open(self) -> int:
         """Completions asked for and not yet handed out."""
-        return len(self.waiting) + len(self.running)
+        return len(self._wanted)
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Asks for completions of one group."""
-        engine = self.engines[requests[0].position % len(self.engines)]
-        if engine.whole_groups:
-            self._give(engine, requests)
-        else:
-            self.waiting.extend(requests)
-            self._feed()
+        for request in requests:
+            assert request.id not in self._wanted, f"{request.id} was asked for twice"
+            self._wanted[request.id] = 0
+        if self.engines[0].whole_groups:
+            self._groups[requests[0].group_id] = requests
+        self.waiting.extend(requests)
+        self._feed()
 
     def poll(self, timeout_s: float) -> list[Completion]:
         """Completions that have finished; waits at most `timeout_s` for the first.
 
-        Raises EngineDead as soon as an engine has died.
+        Raises EngineDead when an engine, or a completion that kills engines, has had its last chance.
         """
         done: list[Completion] = []
         deadline = time.monotonic() + timeout_s
         while True:
+            left_s = 0.0 if done else max(0.0, deadline - time.monotonic())
             try:
-                event = self.mailbox.get(timeout=0 if done else max(0.0, deadline - time.monotonic()))
+                done += self._read(self._mail.get(timeout=min(left_s, WATCH_s)))
             except queue.Empty:
-                return done
-            if isinstance(event, Died):
-                lost = [i for i, engine in self.running.items() if engine.name == event.engine]
-                raise EngineDead(f"engine {event.engine} died with {len(lost)} completions unfinished: {event.reason}")
-            if self.running.pop(event.completion.id, None) is not None:
-                self.load[event.engine] -= 1
-                done.append(event.completion)
-                self._feed()
+                self._watch()
+                if left_s <= WATCH_s:
+                    return done
 
     def collect(self, groups: Sequence[Sequence[Request]], seen: Callable[[Completion], None]) -> None:
         """Samples these groups to the end and calls `seen` with each completion as it finishes."""
@@ -88,23 +106,98 @@ class RolloutPool:
             for completion in self.poll(timeout_s=1.0):
                 seen(completion)
 
+    def metrics(self) -> dict[str, float]:
+        """Engines that can sample now; and since the last call: how often one was started again, completions that were asked again
+        for it, and tokens of those that are known to have been sampled in vain (they are in no other count)."""
+        numbers = {
+            "engines/alive": sum(seat.up for seat in self._seats),
+            "engines/restarts": self._restarts,
+            "engines/reasked": self._reasked,
+            "tokens/lost": self._lost_tokens,
+        }
+        self._restarts = self._reasked = self._lost_tokens = 0
+        return numbers
+
+    # --- who gets what ------------------------------------------------------------------------------------------------
+
     def _feed(self) -> None:
         """Keeps each engine a quarter over its slots, so that it never waits for a message from here."""
         while self.waiting:
-            engine = min(self.engines, key=lambda e: self.load[e.name] / e.slots)
-            room = engine.slots + max(1, engine.slots // 4) - self.load[engine.name]
-            if room <= 0:
+            seat, room = self._place(self.waiting[0])
+            if seat is None or room <= 0:
                 return
             # One message for a stretch of one group: the prompt travels once.
             first = self.waiting.popleft()
             stretch = [first]
             while self.waiting and len(stretch) < room and self.waiting[0].group_id == first.group_id:
                 stretch.append(self.waiting.popleft())
-            self._give(engine, stretch)
+            seat.give(self._groups.get(first.group_id, stretch), stretch)
 
-    def _give(self, engine: Engine, requests: Sequence[Request]) -> None:
-        for request in requests:
-            assert request.id not in self.running, f"{request.id} was asked for twice"
-            self.running[request.id] = engine
-        self.load[engine.name] += len(requests)
-        engine.submit(requests)
+    def _place(self, request: Request) -> tuple[Seat | None, int]:
+        """The engine for a request, if one can take work, and how many it takes."""
+        up = [seat for seat in self._seats if seat.up]
+        if request.group_id in self._groups:
+            own = self._seats[request.position % len(self._seats)]
+            return (own if own.up else min(up, key=lambda seat: len(seat.running), default=None)), len(self._groups[request.group_id])
+        seat = min(up, key=lambda seat: len(seat.running) / seat.engine.slots, default=None)
+        return seat, seat.engine.slots + max(1, seat.engine.slots // 4) - len(seat.running) if seat is not None else 0
+
+    # --- what engines say ---------------------------------------------------------------------------------------------
+
+    def _read(self, mail: Mail) -> list[Completion]:
+        """Takes in what an engine said in its present life; gives the completion, if it is one that is wanted."""
+        seat = mail.seat
+        if mail.life != seat.life:
+            return []
+        match mail.event:
+            case Finished(completion=completion):
+                return self._finished(seat, completion, mail.at)
+            case Pulse() as pulse:
+                seat.hear(pulse, mail.at)
+            case Started():
+                seat.up = True
+                self._restarts += 1
+                self._say(f"engine {seat.name} is back")
+                self._feed()
+            case Died(reason=reason):
+                self._died(seat, reason)
+        return []
+
+    def _finished(self, seat: Seat, completion: Completion, at: float) -> list[Completion]:
+        if not np.isfinite(completion.engine_logp[completion.mask.astype(bool)]).all():
+            self._died(seat, f"gave log-probs that are no numbers, for {completion.id}\n{seat.engine.last_words()}")
+            return []
+        if seat.take(completion, at) is None:  # a whole group was asked again for its other completions
+            self._lost_tokens += len(completion.token_ids)
+            return []
+        del self._wanted[completion.id]
+        group = self._groups.get(completion.group_id, ())
+        if not any(request.id in self._wanted for request in group):
+            self._groups.pop(completion.group_id, None)
+        self._feed()
+        return [completion]
+
+    def _watch(self) -> None:
+        """Ends lives that have been silent for too long."""
+        for seat in self._seats:
+            silent_s = seat.silence(time.monotonic(), self._stall_s)
+            if silent_s is not None:
+                self._died(seat, f"hung: no token for {silent_s:.3g} s\n{seat.engine.last_words()}")
+
+    def _died(self, seat: Seat, reason: str) -> None:
+        lost, tokens = seat.end()
+        self._lost_tokens += tokens
+        if seat.deaths >= DEATHS:
+            raise EngineDead(f"engine {seat.name} died {seat.deaths} times without finishing a completion, the last time: {reason}")
+        for request in lost:
+            self._wanted[request.id] += 1
+            if self._wanted[request.id] >= REASKS:
+                raise EngineDead(
+                    f"completion {request.id} was unfinished at {REASKS} deaths of engines and may be their cause, the last time "
+                    f"of {seat.name}: {reason}"
+                )
+        self._reasked += len(lost)
+        self._say(f"engine {seat.name} died, {len(lost)} completions are asked again: {reason.splitlines()[0]}")
+        self.waiting.extendleft(reversed(lost))
+        seat.restart(self.catch_up)
+        self._feed()

@@ -19,7 +19,7 @@ from rewards.job import ScoreJob
 from rewards.scorer import Scorer
 from rl.config import RolloutConfig
 from rl.engines.base import Request, Sampling
-from rl.metrics import group_metrics, teaches
+from rl.metrics import group_metrics, length_bias, teaches
 from rl.pool import RolloutPool
 from rl.ranks import Ranks
 
@@ -239,9 +239,10 @@ class GroupStream:
     def _count(self, now: _Step) -> dict[str, float]:
         handed = self.handed
         numbers = self.scorer.metrics()  # first, so that no name given to `log_metric` hides one of ours
-        numbers |= group_metrics(handed)
+        sampled = len(handed) + now.failed + now.zero
+        numbers |= group_metrics(handed) | self.pool.metrics() | length_bias(handed, now.tokens, sampled * self.config.group_size)
         return numbers | {
-            "groups/sampled": len(handed) + now.failed + now.zero,
+            "groups/sampled": sampled,
             "groups/zero_advantage": sum(not teaches(group) for group in handed) + now.zero,
             "groups/failed": now.failed,
             "groups/stale": 0,

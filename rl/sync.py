@@ -2,18 +2,22 @@
 
 Writing comes before sending: the learner exports into the weight file, layer by layer and never the whole model at once, while
 engines may still sample; the file is checked to hold exactly the policy's tensors; only then do the engines load it, all side by
-side. So a bad export reaches no engine, and an engine stands still no longer than its own copy takes. The file keeps the update:
-an engine that restarts is back at its first weights, and `replay` brings it to the last ones.
+side. So a bad export reaches no engine, and an engine stands still no longer than its own copy takes.
+
+The file keeps the update. An engine that is down, or dies of it, is passed over: the pool starts it again, at its first weights, and
+`replay` brings it to the last ones, whatever became of the update in which it was lost. A push and a replay wait for one another.
 
 Engines share the learner's machine. Between its GPUs, `rl.engines.nccl.NcclSync` does the same without the file.
 """
 
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
-from rl.engines.base import Engine
+from rl.engines.base import Engine, EngineDead
 from rl.engines.weights import Exporter, Manifest, WeightFile
 
 
@@ -26,7 +30,7 @@ class SyncStats:
     write_s: float
     """The learner's export and the copy into the file."""
     load_s: float
-    """From the file into all engines."""
+    """From the file into all engines that live."""
 
 
 class WeightSync:
@@ -40,25 +44,27 @@ class WeightSync:
         """Of the last update; 0 before the first."""
         self.stats: SyncStats | None = None
         """Of the last push, on rank 0."""
+        self._file_in_use = threading.Lock()
 
     def push(self, learner: Exporter, version: int) -> None:
         """Every engine samples its next token from the learner's weights; they must be idle or paused. Collective over ranks.
 
-        Raises WeightMismatch before any engine is touched, EngineDead after all engines that live have been updated.
+        Raises WeightMismatch before any engine is touched.
         """
         if self.file is None:
             for _ in learner.export():
                 pass
             return
         began = time.perf_counter()
-        self.file.write(learner.export())
-        self.version = version
-        written = time.perf_counter()
-        if self.engines:
-            with ThreadPoolExecutor(len(self.engines)) as threads:
-                loads = [threads.submit(self.replay, engine) for engine in self.engines]
-            for load in loads:
-                load.result()
+        with self._file_in_use:
+            self.file.write(learner.export())
+            self.version = version
+            written = time.perf_counter()
+            if self.engines:
+                with ThreadPoolExecutor(len(self.engines)) as threads:
+                    loads = [threads.submit(self._load_if_alive, engine) for engine in self.engines]
+                for load in loads:
+                    load.result()
         self.stats = SyncStats(version, self.file.bytes, written - began, time.perf_counter() - written)
 
     def metrics(self) -> dict[str, float]:
@@ -67,10 +73,17 @@ class WeightSync:
         return {"sync/bytes": self.stats.bytes, "time/sync_s": self.stats.write_s + self.stats.load_s}
 
     def replay(self, engine: Engine) -> None:
-        """Brings one engine, idle or paused, to the last update; before the first there is nothing to do. Never during a push."""
-        assert self.file is not None, "only rank 0 has engines"
-        if not self.file.chunks:
-            return
+        """Brings an engine that has just started to the last update, from any thread; before the first there is nothing to do."""
+        with self._file_in_use:
+            if self.version:
+                self._load(engine)
+
+    def _load_if_alive(self, engine: Engine) -> None:
+        with suppress(EngineDead):  # its next life is replayed
+            self._load(engine)
+
+    def _load(self, engine: Engine) -> None:
+        assert self.file is not None and self.file.chunks, "the weight file holds no whole update"
         engine.begin_update(self.version)
         for chunk in self.file.chunks:
             engine.load(chunk)

@@ -235,7 +235,7 @@ def a_weight_transfer_that_the_engine_does_not_have(inputs):
 
 @bad("rollout.weights", "this machine has none", "take file")
 def weights_from_gpu_to_gpu_without_one(inputs):
-    inputs.patch.setattr(torch.cuda, "is_available", lambda: False)
+    inputs.patch.setattr(torch.cuda, "device_count", lambda: 0)
     inputs.set("rollout.weights=nccl", "rollout.engine=vllm")
 
 

@@ -5,13 +5,15 @@ needs neither threads nor a loop for each engine. An engine never decides anythi
 and under which weights are the pool's. Three kinds share the protocol: `hf` (transformers, in a thread of this process), `vllm`
 (a process of its own), and servers reached by URL.
 
+An engine may die and be started again: it then has another life, with a mailbox of its own and the weights it was first loaded
+with. What an engine is not able to say (that it hangs) is seen from its silence: one that samples says so about once a second.
+
 Weights travel as chunks of one shared file, in the names and shapes of a checkpoint. The file keeps the whole model until the
 next update, so an engine that restarts can be brought to the current weights without asking the learner again.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import Protocol
 
 import numpy as np
@@ -87,8 +89,22 @@ class Died:
     reason: str
 
 
-Event = Finished | Died
-Mailbox = SimpleQueue[Event]
+@dataclass(frozen=True)
+class Pulse:
+    """An engine has sampled tokens since it last said so (about once a second), or was paused or resumed (at once)."""
+
+    engine: str
+    health: "Health"
+
+
+Event = Finished | Died | Pulse
+
+
+class Mailbox(Protocol):
+    """Where the events of one life of an engine go; a `queue.SimpleQueue` is one."""
+
+    def put(self, event: Event, /) -> None:
+        """Called from any thread; never waits."""
 
 
 class EngineDead(RuntimeError):
@@ -108,10 +124,22 @@ class Health:
     """Completion tokens sampled since its start."""
     busy_s: float
     """Seconds since its start in which at least one completion was being sampled."""
+    paused: bool = False
+
+
+PULSE_s = 1.0
+"""How often an engine that samples says so."""
+PROMPT_TOKENS = 2048
+"""Prompt tokens for which an engine may be silent once more as long: nothing is sampled while a prompt is read."""
+
+
+def patience_s(stall_s: float, prompt_tokens: int) -> float:
+    """How long an engine that has a prompt of this length to read may say nothing before it is taken for hung."""
+    return stall_s * (1.0 + prompt_tokens / PROMPT_TOKENS)
 
 
 class Engine(Protocol):
-    """Any method raises EngineDead if the engine is gone."""
+    """Any method but `start`, `close` and `last_words` raises EngineDead if the engine is gone, or not there yet."""
 
     name: str
     slots: int
@@ -120,7 +148,10 @@ class Engine(Protocol):
     """True where one submit is one call of fixed shape over a whole group, never split or joined (exactness (a))."""
 
     def start(self, mailbox: Mailbox) -> None:
-        """Loads the policy and returns when the engine can sample; it is then at version 0 unless told otherwise."""
+        """Begins a life: loads the policy and returns when the engine can sample; it is at version 0 then. EngineDead if it cannot.
+
+        Whatever ends this life before `close` is one Died in this mailbox, after all else that it had to say.
+        """
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Asks for completions of one group; each arrives in the mailbox once."""
@@ -144,7 +175,10 @@ class Engine(Protocol):
         """Closes the update, drops the prefix cache, and returns when the next token comes from the new weights."""
 
     def health(self) -> Health:
-        """Answers within seconds or raises."""
+        """Answers when the token in the making is done."""
+
+    def last_words(self) -> str:
+        """The last lines of its log, to be shown where it is said that it died; empty if it keeps none."""
 
     def close(self) -> None:
-        """Ends the engine and frees what it holds; may be called twice."""
+        """Ends this life, hung or not, and frees what it holds. May be called twice, and from another thread while it starts."""

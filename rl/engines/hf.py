@@ -10,21 +10,28 @@ generator of its own, so what a completion becomes depends on weights, prompt, s
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.values import Completion
-from rl.engines.base import Died, EngineDead, Finished, Health, Mailbox, Request, Sampling, WeightChunk
+from rl.engines.base import Died, EngineDead, Finished, Health, Mailbox, Pulse, PULSE_s, Request, Sampling, WeightChunk
 from rl.engines.weights import read_chunk
 from rl.policy import checkpoint_views, end_tokens, load_model, load_tokenizer
 
 log = logging.getLogger(__name__)
+
+_loading = threading.Lock()
+"""transformers changes settings of the whole process while it loads: two loads side by side miss tied weights."""
+CLOSE_s = 5.0
+"""A thread that has not ended so long after it was told to is taken for hung."""
 
 
 @dataclass
@@ -40,7 +47,7 @@ class _Row:
 
 
 class HfEngine:
-    """Implements `rl.engines.base.Engine`."""
+    """Implements `rl.engines.base.Engine`. A life is a thread; a thread that hangs cannot be ended, and is left behind."""
 
     whole_groups = True
 
@@ -51,109 +58,154 @@ class HfEngine:
         self.dtype = dtype
         self.device = torch.device(device)
         self.version = 0
-        self._work: SimpleQueue[Sequence[Request] | None] = SimpleQueue()
-        self._between_tokens = threading.Lock()
-        self._paused = False
-        self._aborted: set[str] = set()
-        self._running = 0
-        self._tokens = 0
-        self._busy_s = 0.0
-        self._died: str | None = None
-        self._thread: threading.Thread | None = None
+        self.model: PreTrainedModel | None = None
+        self._life: _Life | None = None
 
     def start(self, mailbox: Mailbox) -> None:
-        self.model: PreTrainedModel = load_model(self.path, self.dtype, attention_name="sdpa").to(self.device)
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.path)
-        self.ends = frozenset(end_tokens(self.model.config, self.tokenizer, self.model.generation_config.eos_token_id))
-        self.views = dict(checkpoint_views(self.model))
-        self.mailbox = mailbox
-        self._thread = threading.Thread(target=self._serve, name=self.name, daemon=True)
-        self._thread.start()
+        self.close()
+        if self.model is None:
+            with _loading:
+                self.model = load_model(self.path, self.dtype, attention_name="sdpa").to(self.device)
+            self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.path)
+            self.ends = frozenset(end_tokens(self.model.config, self.tokenizer, self.model.generation_config.eos_token_id))
+            self.views = dict(checkpoint_views(self.model))
+        else:  # transformers' loading sets defaults of the whole process, in which the learner may be at work by now
+            for file in sorted(Path(self.path).glob("*.safetensors")):
+                self._copy((name, tensor) for name, tensor in load_file(file).items() if name in self.views)
+        self.version = 0
+        self._life = _Life(self, self.model, mailbox)
 
     def submit(self, requests: Sequence[Request]) -> None:
-        self._alive()
-        self._running += len(requests)
-        self._work.put(requests)
+        life = self._alive()
+        life.running += len(requests)
+        life.work.put(requests)
 
     def abort(self, ids: Sequence[str]) -> None:
-        self._alive()
-        self._aborted.update(ids)
+        self._alive().aborted.update(ids)
 
     def pause(self) -> None:
-        self._alive()
-        if not self._paused:
-            self._between_tokens.acquire()
-            self._paused = True
+        self._alive().pause()
 
     def resume(self) -> None:
-        self._alive()
-        if self._paused:
-            self._paused = False
-            self._between_tokens.release()
+        self._alive().resume()
 
     def begin_update(self, version: int) -> None:
-        self._alive()
-        assert self._paused or self._running == 0, f"{self.name}: an update needs an idle or paused engine"
+        life = self._alive()
+        assert life.paused or life.running == 0, f"{self.name}: an update needs an idle or paused engine"
         self._next_version = version
 
     def load(self, chunk: WeightChunk) -> None:
-        with torch.no_grad():
-            for name, tensor in read_chunk(chunk):
-                self.views[name].copy_(tensor)
+        self._alive()
+        self._copy(read_chunk(chunk))
 
     def end_update(self) -> None:
+        self._alive()
         self.version = self._next_version  # there is no prefix cache to drop: each call reads its prompt anew
 
     def health(self) -> Health:
-        alive = self._died is None and self._thread is not None and self._thread.is_alive()
-        return Health(alive, self._running, self.version, self._tokens, self._busy_s)
+        return self._alive().health()
+
+    def last_words(self) -> str:
+        return ""
 
     def close(self) -> None:
-        if self._thread is None:
-            return
-        self._aborted.update(["*"])
-        if self._paused:
-            self.resume()
-        self._work.put(None)
-        self._thread.join()
-        self._thread = None
+        life, self._life = self._life, None
+        if life is not None:
+            life.close()
 
-    def _alive(self) -> None:
-        if self._died is not None or self._thread is None:
-            raise EngineDead(f"engine {self.name} is not running: {self._died or 'it was not started'}")
+    def _copy(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        with torch.no_grad():
+            for name, tensor in tensors:
+                self.views[name].copy_(tensor)
+
+    def _alive(self) -> "_Life":
+        if self._life is None or self._life.died is not None:
+            raise EngineDead(f"engine {self.name} is not running: {self._life.died if self._life else 'it was not started, or closed'}")
+        return self._life
+
+
+class _Life:
+    """One life of an engine: the thread, what it has to do, and what it has done."""
+
+    def __init__(self, engine: HfEngine, model: PreTrainedModel, mailbox: Mailbox) -> None:
+        self.engine = engine
+        self.model = model
+        self.mailbox = mailbox
+        self.work: SimpleQueue[Sequence[Request] | None] = SimpleQueue()
+        self.between_tokens = threading.Lock()
+        self.paused = False
+        self.aborted: set[str] = set()
+        self.closing = False
+        self.running = 0
+        self.tokens = 0
+        self.busy_s = 0.0
+        self.told = time.monotonic()
+        self.died: str | None = None
+        self.thread = threading.Thread(target=self._serve, name=engine.name, daemon=True)
+        self.thread.start()
+
+    def pause(self) -> None:
+        if not self.paused:
+            self.between_tokens.acquire()
+            self.paused = True
+            self.mailbox.put(Pulse(self.engine.name, self.health()))
+
+    def resume(self) -> None:
+        if self.paused:
+            self.paused = False
+            self.between_tokens.release()
+            self.mailbox.put(Pulse(self.engine.name, self.health()))
+
+    def health(self) -> Health:
+        return Health(True, self.running, self.engine.version, self.tokens, self.busy_s, self.paused)
+
+    def close(self) -> None:
+        self.closing = True
+        if self.paused:
+            self.paused = False
+            self.between_tokens.release()
+        self.work.put(None)
+        self.thread.join(CLOSE_s)
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
         try:
-            while (requests := self._work.get()) is not None:
+            while (requests := self.work.get()) is not None:
                 began = time.perf_counter()
                 rows = self._sample(requests)
-                self._busy_s += time.perf_counter() - began
+                self.busy_s += time.perf_counter() - began
                 for row in rows:
-                    self._running -= 1
-                    self.mailbox.put(Finished(self.name, self._completion(row)))
+                    self.running -= 1
+                    self.mailbox.put(Finished(self.engine.name, self._completion(row)))
         except Exception as error:  # an engine's death is data: the pool decides what becomes of its work
-            log.exception("engine %s died", self.name)
-            self._died = f"{type(error).__name__}: {error}"
-            self.mailbox.put(Died(self.name, self._died))
+            log.exception("engine %s died", self.engine.name)
+            self.died = f"{type(error).__name__}: {error}"
+            self.mailbox.put(Died(self.engine.name, self.died))
 
     @torch.inference_mode()
     def _sample(self, requests: Sequence[Request]) -> list[_Row]:
         """Completions of one group, all rows in step."""
-        rows = [_Row(r, torch.Generator(self.device).manual_seed(r.seed)) for r in requests]
+        device = self.engine.device
+        rows = [_Row(r, torch.Generator(device).manual_seed(r.seed)) for r in requests]
         sampling = requests[0].sampling
-        prompt = torch.as_tensor(requests[0].prompt_ids, dtype=torch.int64, device=self.device)
+        prompt = torch.as_tensor(requests[0].prompt_ids, dtype=torch.int64, device=device)
         tokens_G1 = prompt.expand(len(rows), -1)
         cache: Any = DynamicCache(config=self.model.config)
         for _ in range(sampling.max_tokens):
-            with self._between_tokens:
+            with self.between_tokens:
                 logits_GV = self.model(tokens_G1, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
                 chosen_G = self._advance(rows, logits_GV, sampling)
+            self._tell()
             if all(row.finish_reason for row in rows):
                 break
             tokens_G1 = chosen_G[:, None]
         return rows
+
+    def _tell(self) -> None:
+        if (now := time.monotonic()) - self.told >= PULSE_s:
+            self.told = now
+            self.mailbox.put(Pulse(self.engine.name, self.health()))
 
     def _advance(self, rows: list[_Row], logits_GV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         """Draws a token for each row and notes it in the rows that are still open."""
@@ -168,25 +220,25 @@ class HfEngine:
             if row.finish_reason is None:
                 row.tokens.append(token)
                 row.logps.append(logp)
-                row.versions.append(self.version)
+                row.versions.append(self.engine.version)
                 row.finish_reason = self._finished(row, sampling)
         return chosen_G
 
     def _finished(self, row: _Row, sampling: Sampling) -> str | None:
-        self._tokens += 1
-        if row.tokens[-1] in self.ends:
+        self.tokens += 1
+        if row.tokens[-1] in self.engine.ends:
             return "stop"
         if sampling.stop:
-            text = self.tokenizer.decode(row.tokens)
+            text = self.engine.tokenizer.decode(row.tokens)
             if any(stop in text for stop in sampling.stop):
                 return "stop"
         if len(row.tokens) == sampling.max_tokens:
             return "length"
-        return "abort" if row.request.id in self._aborted or "*" in self._aborted else None
+        return "abort" if self.closing or row.request.id in self.aborted else None
 
     def _completion(self, row: _Row) -> Completion:
         r = row.request
-        self._aborted.discard(r.id)
+        self.aborted.discard(r.id)
         assert row.finish_reason in ("stop", "length", "abort")
         return Completion(
             prompt_id=r.prompt_id,
@@ -199,7 +251,7 @@ class HfEngine:
             engine_logp=np.asarray(row.logps, dtype=np.float32),
             policy_version=np.asarray(row.versions, dtype=np.int32),
             finish_reason=row.finish_reason,  # type: ignore[arg-type]
-            engine=self.name,
+            engine=self.engine.name,
         )
 
 

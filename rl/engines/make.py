@@ -8,13 +8,18 @@ from rl.config import PolicyConfig, RolloutConfig
 from rl.engines.base import Engine
 from rl.engines.hf import HfEngine
 from rl.engines.vllm import VllmEngine
+from rl.inputs import check_gpus
 from rl.policy import DTYPES
 
 
 def make_engines(rollout: RolloutConfig, policy: PolicyConfig, folder: Path, max_model_len: int, logs: Path) -> list[Engine]:
-    """Engines `engine-0`, `engine-1`, … for the policy in `folder`, not started; a vLLM engine's output goes to a file in `logs`."""
+    """Engines `engine-0`, `engine-1`, … for the policy in `folder`, not started; a vLLM engine's output goes to a file in `logs`.
+
+    InputError if this machine has GPUs, and fewer than the engines need.
+    """
     dtype = DTYPES[policy.precision]
     gpus = torch.cuda.device_count()
+    check_gpus(rollout, gpus)
     engines: list[Engine] = []
     for number in range(rollout.engines):
         name = f"engine-{number}"
@@ -33,6 +38,7 @@ def make_engines(rollout: RolloutConfig, policy: PolicyConfig, folder: Path, max
                 devices=_devices(number, rollout, gpus),
                 gpu_memory_utilization=rollout.gpu_memory_utilization,
                 weight_backend="nccl" if rollout.weights == "nccl" else "cohort_file",
+                stall_s=rollout.stall_s,
             )
         )
     return engines

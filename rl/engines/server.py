@@ -2,8 +2,9 @@
 
 The loop takes what came through the pipe, lets the sampler do one step, and sends what finished. Between two steps the engine can
 be fed, paused, updated or asked how it is: a free slot never waits for a batch to end, and an update falls between two tokens.
-Idle, it blocks on the pipe; when the trainer is gone the pipe ends, and so does the loop. What samples is behind `Core`, so
-nothing here knows vLLM.
+Idle, it blocks on the pipe; when the trainer is gone the pipe ends, and so does the loop. While tokens come it says so about once
+a second; when they stop coming it says nothing, and that is how the trainer sees that it hangs. What samples is behind `Core`,
+so nothing here knows vLLM.
 """
 
 import time
@@ -13,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from data.values import Completion
-from rl.engines.base import Health, Request, WeightChunk
+from rl.engines.base import Health, PULSE_s, Request, WeightChunk
 
 
 @dataclass(frozen=True)
@@ -95,18 +96,28 @@ class Server:
 
     def run(self) -> None:
         """Ends with EOFError when the other end of the pipe is closed."""
+        turned = told = time.perf_counter()
+        tokens = 0
         while True:
             sampling = bool(self.core.requests) and not self.paused
             if not sampling or self.pipe.poll():
-                call: Call = self.pipe.recv()
-                value = getattr(self, call.method)(*call.args)
-                if call.number is not None:
-                    self.pipe.send(Answer(call.number, value))
+                self.answer(self.pipe.recv())
             else:
-                began = time.perf_counter()
-                finished = self.core.step()
-                self.busy_s += time.perf_counter() - began
-                self.give(finished)
+                self.give(self.core.step())
+            now = time.perf_counter()
+            if sampling:
+                self.busy_s += now - turned
+            if sampling and now - told >= PULSE_s:
+                health, told = self.health(), now
+                if health.tokens > tokens:
+                    tokens = health.tokens
+                    self.pipe.send(health)
+            turned = now
+
+    def answer(self, call: Call) -> None:
+        value = getattr(self, call.method)(*call.args)
+        if call.number is not None:
+            self.pipe.send(Answer(call.number, value))
 
     def give(self, completions: Sequence[Completion]) -> None:
         for completion in completions:
@@ -124,10 +135,12 @@ class Server:
     def pause(self) -> None:
         self.core.pause()
         self.paused = True
+        self.pipe.send(self.health())
 
     def resume(self) -> None:
         self.core.resume()
         self.paused = False
+        self.pipe.send(self.health())
 
     def begin_update(self, version: int) -> None:
         assert self.paused or not self.core.requests, "an update began while completions were sampled; pause the engine first"
@@ -147,4 +160,4 @@ class Server:
     def health(self) -> Health:
         self.core.check()
         tokens = self.tokens + self.core.running_tokens()
-        return Health(True, len(self.core.requests), self.version, tokens, self.busy_s)
+        return Health(True, len(self.core.requests), self.version, tokens, self.busy_s, self.paused)

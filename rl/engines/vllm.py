@@ -4,13 +4,16 @@ The process is forked from a fork server that has vllm imported, so a further en
 seconds and not another import. It stays out of the trainer's process because vLLM replaces `torch.set_num_threads`, starts a
 process group and binds memory; and because it can then be killed without harm.
 
-One pipe joins the two halves. Calls go down it in order, and those with an answer wait for it; a reader thread turns what comes
-up into events of the mailbox. Values are pickled: both ends are ours, and nothing that a policy wrote is ever unpickled as code.
-The pipe is also how each side learns that the other is gone: the trainer's end of it breaks within milliseconds of a kill -9 of
-the engine, and the engine ends itself when the trainer's end is closed, whatever closed it. Output of vLLM goes to the log file.
+One pipe joins the two halves, with two threads at this end of it: calls go down in order, without anybody waiting for an engine
+that does not read, and what comes up becomes events of the mailbox and answers. Values are pickled: both ends are ours, and nothing
+that a policy wrote is ever unpickled as code. The pipe is also how each side learns that the other is gone: the trainer's end of it
+breaks within milliseconds of a kill -9 of the engine, and the engine ends itself when the trainer's end is closed, whatever closed
+it; hung, it is ended by the kernel, with the fork server. An engine that lets a call wait too long is killed, and that is its
+death. Output of vLLM goes to the log file.
 """
 
 import atexit
+import ctypes
 import importlib.util
 import logging
 import multiprocessing
@@ -18,6 +21,7 @@ import multiprocessing.forkserver
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -25,10 +29,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal
 
 from data.values import Completion
-from rl.engines.base import Died, EngineDead, Finished, Health, Mailbox, Request, WeightChunk
+from rl.engines.base import Died, EngineDead, Finished, Health, Mailbox, Pulse, Request, WeightChunk, patience_s
 from rl.engines.server import Answer, Call, Failed, Ready
 
 # Imported first in the fork server, where vllm would otherwise complain on the terminal that it has no Triton.
@@ -36,8 +41,9 @@ logging.getLogger("vllm").addHandler(logging.NullHandler())
 
 LOG_LINES = 15
 """Lines of the engine's log in the message that it died."""
-HEALTH_s = 30.0
-"""An engine that does not answer a health call within this is taken for hung; loading a large policy's weights may take seconds."""
+PR_SET_PDEATHSIG = 1
+OOM_SCORE = 500
+"""Out of memory, the kernel shall take an engine, which can be started again, and not the trainer (which has 0)."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,8 @@ class VllmSpec:
     """Share of each GPU that it may take."""
     log_path: Path
     asynchronous: bool
+    stall_s: float
+    """An engine that has to read no prompt and says nothing for so long is hung."""
     weight_backend: Literal["cohort_file", "nccl"]
 
 
@@ -87,6 +95,7 @@ class VllmEngine:
         devices: tuple[int, ...] = (),
         gpu_memory_utilization: float = 0.85,
         asynchronous: bool = False,
+        stall_s: float = 60.0,
         weight_backend: Literal["cohort_file", "nccl"] = "cohort_file",
     ) -> None:
         """asynchronous: AsyncLLM on a CPU too; on a GPU it always is. The other parameters are those of VllmSpec."""
@@ -94,14 +103,14 @@ class VllmEngine:
         self.slots = slots
         self.spec = VllmSpec(
             name, policy_path, dtype, max_model_len, slots, threads, tensor_parallel, devices, gpu_memory_utilization, log_path,
-            asynchronous or bool(devices), weight_backend,
+            asynchronous or bool(devices), stall_s, weight_backend,
         )  # fmt: skip
         self._link: _Link | None = None
 
     def start(self, mailbox: Mailbox) -> None:
         self.close()
-        self._link = _Link(self.spec, mailbox)
-        self._link.ready.result()
+        self._link = link = _Link(self.spec, mailbox)
+        link.ready.result()
 
     def submit(self, requests: Sequence[Request]) -> None:
         self._alive().post("submit", requests)
@@ -110,34 +119,34 @@ class VllmEngine:
         self._alive().post("abort", ids)
 
     def pause(self) -> None:
-        self._alive().call("pause").result()
+        self._alive().ask("pause")
 
     def resume(self) -> None:
-        self._alive().call("resume").result()
+        self._alive().ask("resume")
 
     def begin_update(self, version: int) -> None:
-        self._alive().call("begin_update", version).result()
+        self._alive().ask("begin_update", version)
 
     def load(self, chunk: WeightChunk) -> None:
-        self._alive().call("load", chunk).result()
+        self._alive().ask("load", chunk)
 
     def transfer(self, method: str, info: dict[str, Any]) -> None:
         """Calls a method of vLLM's weight transfer backend on every vLLM worker: for backends that need a rendezvous (nccl)."""
-        self._alive().call("transfer", method, info).result()
+        self._alive().ask("transfer", method, info)
 
     def end_update(self) -> None:
-        self._alive().call("end_update").result()
+        self._alive().ask("end_update")
 
     def health(self) -> Health:
-        try:
-            return self._alive().call("health").result(HEALTH_s)
-        except TimeoutError as error:
-            raise EngineDead(f"engine {self.name} did not answer for {HEALTH_s:.0f} s\n{log_tail(self.spec.log_path)}") from error
+        return self._alive().ask("health")
+
+    def last_words(self) -> str:
+        return log_tail(self.spec.log_path)
 
     def close(self) -> None:
-        if self._link is not None:
-            self._link.close()
-            self._link = None
+        link, self._link = self._link, None
+        if link is not None:
+            link.close()
 
     @property
     def pid(self) -> int:
@@ -145,7 +154,7 @@ class VllmEngine:
         return self._alive().pid
 
     def _alive(self) -> "_Link":
-        if self._link is None:
+        if self._link is None or not self._link.ready.done():
             raise EngineDead(f"engine {self.name} is not running: it was not started, or closed")
         return self._link
 
@@ -161,6 +170,11 @@ class _Link:
         self.ready: Future[None] = Future()
         self.waiting: dict[int, Future[Any]] = {}
         self.calls = 0
+        self.outbox: SimpleQueue[Call | None] = SimpleQueue()
+        self.heard = time.monotonic()
+        """When it last said something."""
+        self.silent: str | None = None
+        """What it was killed for leaving undone."""
         self.reason: str | None = None
         """Why it is gone; None while it is not."""
         self.closed = False
@@ -178,12 +192,28 @@ class _Link:
         other_end.close()
         # It is no daemon, which could have no processes of its own; and multiprocessing waits at exit for one that is none.
         atexit.register(self.close)
+        self.writer = threading.Thread(target=self._write, name=f"{spec.name}-writer", daemon=True)
+        self.writer.start()
         self.reader = threading.Thread(target=self._read, name=f"{spec.name}-reader", daemon=True)
         self.reader.start()
 
     def post(self, method: str, *args: Any) -> None:
         with self.lock:
             self._send(Call(None, method, args))
+
+    def ask(self, method: str, *args: Any) -> Any:
+        """The answer to a call; EngineDead if the engine says nothing for too long before it comes, and it is killed then."""
+        answer = self.call(method, *args)
+        limit_s = patience_s(self.spec.stall_s, self.spec.max_model_len or 0)
+        called = time.monotonic()
+        while True:
+            left_s = max(called, self.heard) + limit_s - time.monotonic()
+            if left_s <= 0:
+                self.silent = f"it did not answer `{method}` for {limit_s:.0f} s"
+                self._kill()
+                return answer.result()  # raises: the reader is about to see the end
+            with suppress(TimeoutError):
+                return answer.result(left_s)
 
     def call(self, method: str, *args: Any) -> Future[Any]:
         answer: Future[Any] = Future()
@@ -202,23 +232,30 @@ class _Link:
     def _send(self, call: Call) -> None:
         if self.reason is not None:
             raise EngineDead(self.reason)
-        with suppress(BrokenPipeError):  # the reader is about to see the same end, and to learn more of it
-            self.pipe.send(call)
+        self.outbox.put(call)
+
+    def _write(self) -> None:
+        with suppress(BrokenPipeError, ConnectionResetError):  # the reader sees the same end, and learns more of it
+            while (call := self.outbox.get()) is not None:
+                self.pipe.send(call)
 
     def _read(self) -> None:
         error = ""
         with suppress(EOFError, ConnectionResetError):
             while True:
-                match self.pipe.recv():
+                said = self.pipe.recv()
+                self.heard = time.monotonic()
+                match said:
                     case Completion() as completion:
                         self.mailbox.put(Finished(self.spec.name, completion))
+                    case Health() as health:
+                        self.mailbox.put(Pulse(self.spec.name, health))
                     case Answer(number, value):
-                        # Without the lock: a sender may hold it until the engine reads, and the engine until this reads.
                         self.waiting.pop(number).set_result(value)
                     case Ready():
                         self.ready.set_result(None)
-                    case Failed(said):
-                        error = said
+                    case Failed(error):
+                        pass
         self._ended(error)
 
     def _ended(self, error: str) -> None:
@@ -227,14 +264,17 @@ class _Link:
         self.process.join()
         code = self.process.exitcode
         # -9 after an error is its own doing; without one, someone else's: often the kernel's, out of memory.
-        how = error or (f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}")
+        how = self.silent or error or (f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}")
+        reason = f"{how}\n{log_tail(self.spec.log_path)}"
         with self.lock:
-            self.reason = f"engine {self.spec.name} is gone: {how}\n{log_tail(self.spec.log_path)}"
-            self.pipe.close()
+            self.reason = f"engine {self.spec.name} is gone: {reason}"
+            self.outbox.put(None)
             started = self.ready.done()
             waiting = list(self.waiting.values()) + ([] if started else [self.ready])
+        self.writer.join()
+        self.pipe.close()
         if started and not self.closed:
-            self.mailbox.put(Died(self.spec.name, self.reason))
+            self.mailbox.put(Died(self.spec.name, reason))
         for answer in waiting:
             answer.set_exception(EngineDead(self.reason))
 
@@ -252,6 +292,10 @@ _forking = threading.Lock()
 def _serve(pipe: Connection, spec: VllmSpec) -> None:
     """The engine's process. It leads a session of its own, so that Ctrl-C reaches the trainer alone and it can be killed whole."""
     os.setsid()
+    # The fork server ends with the trainer, and with it this process even where it hangs and reads no pipe (Linux).
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    with suppress(OSError):  # a container may not allow it
+        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
     with spec.log_path.open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -21,7 +19,7 @@ from transformers.utils import logging
 pytest.importorskip("vllm", reason="vllm is not installed: `make install`")
 
 from data.values import Completion
-from rl.engines.base import Died, EngineDead, Event, Finished, Request, Sampling
+from rl.engines.base import Died, EngineDead, Event, Finished, Pulse, Request, Sampling
 from rl.engines.vllm import VllmEngine
 from rl.engines.weights import read_manifest
 from rl.sync import WeightSync
@@ -62,9 +60,15 @@ class Bench:
             time.sleep(0.005)
 
     def collect(self, count: int) -> list[Completion]:
-        events = [self.mailbox.get(timeout=30) for _ in range(count)]
+        events = [self.said() for _ in range(count)]
         assert all(isinstance(event, Finished) for event in events), events
         return sorted((event.completion for event in events), key=lambda completion: completion.index)
+
+    def said(self, timeout_s: float = 30.0) -> Event:
+        """The next event that is no sign of life."""
+        while isinstance(event := self.mailbox.get(timeout=timeout_s), Pulse):
+            pass
+        return event
 
     def sample(self, sampling: Sampling = SHORT, indices: range = range(16)) -> list[Completion]:
         return self.collect(len(self.submit(sampling, indices)))
@@ -272,7 +276,7 @@ def test_a_killed_engine_is_one_event_and_starts_again_at_the_last_update(folder
     os.kill(bench.engine.pid, signal.SIGKILL)
     events = []
     while not events or isinstance(events[-1], Finished):
-        events.append(bench.mailbox.get(timeout=5))
+        events.append(bench.said(timeout_s=5))
     assert time.perf_counter() - killed < 1.0
     assert isinstance(events[-1], Died) and events[-1].engine == "killed"
     assert "killed by SIGKILL" in events[-1].reason and f"last lines of {folder / 'killed.log'}" in events[-1].reason
@@ -297,46 +301,3 @@ def test_a_policy_that_cannot_be_loaded_is_an_error_with_the_reason(tmp_path: Pa
     with pytest.raises(EngineDead, match=r"engine lost is gone: FileNotFoundError: .*nowhere/config.json"):
         engine.start(mailbox)
     assert mailbox.empty()
-
-
-TRAINER = """
-import sys, time
-from pathlib import Path
-from queue import SimpleQueue
-from rl.engines.vllm import VllmEngine
-if __name__ == "__main__":
-    engine = VllmEngine("orphan", Path(sys.argv[1]), log_path=Path(sys.argv[2]), max_model_len=128, slots=4)
-    engine.start(SimpleQueue())
-    print(engine.pid, flush=True)
-    time.sleep(60)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_no_process_outlives_the_trainer(folder: Path, tmp_path: Path, how: signal.Signals) -> None:
-    (tmp_path / "trainer.py").write_text(TRAINER)
-    command = [sys.executable, str(tmp_path / "trainer.py"), str(folder / "moe0"), str(tmp_path / "orphan.log")]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=hears_ctrl_c
-    ) as trainer:
-        engine_pid = int(trainer.stdout.readline())
-        family = [engine_pid, *children(trainer.pid)]
-        assert len(family) >= 2  # the fork server is among them
-        trainer.send_signal(how)
-        said = trainer.stderr.read()
-    deadline = time.perf_counter() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in family):
-        assert time.perf_counter() < deadline, f"{family} outlived the trainer"
-        time.sleep(0.05)
-    assert said.count("Traceback") == (how == signal.SIGINT)
-
-
-def hears_ctrl_c() -> None:
-    """A shell's background job, as tests may be, ignores Ctrl-C, and what it starts inherits that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -83,6 +83,9 @@ class MemoryEngine:
     def health(self) -> Health:
         return Health(not self.dead, 0, self.version, 0, 0.0)
 
+    def last_words(self) -> str:
+        return ""
+
     def close(self) -> None: ...
 
 
@@ -200,13 +203,65 @@ def test_engines_are_updated_side_by_side() -> None:
     sync.close()
 
 
-def test_a_dead_engine_is_an_error_and_the_others_are_updated() -> None:
+def test_a_dead_engine_is_passed_over_and_replayed_when_it_is_back() -> None:
     engines = [MemoryEngine("a"), MemoryEngine("b")]
     engines[0].dead = True
     sync = WeightSync(engines, MANIFEST)
-    with pytest.raises(EngineDead, match="engine a is gone"):
-        sync.push(TableLearner(random_weights(0)), version=1)
-    assert engines[1].version == 1
+    sync.push(TableLearner(random_weights(0)), version=1)
+    assert (engines[0].version, engines[1].version) == (0, 1)
+    engines[0].start(SimpleQueue())
+    sync.replay(engines[0])
+    assert engines[0].version == 1
+    assert_same(engines[0].weights, random_weights(0))
+    sync.close()
+
+
+def test_an_engine_that_dies_in_the_middle_of_an_update_keeps_none_of_it() -> None:
+    class DiesAtThirdLoad(MemoryEngine):
+        def load(self, chunk: WeightChunk) -> None:
+            super().load(chunk)
+            if self.calls.count("load") == 3:
+                self.dead = True
+                raise EngineDead("engine a is gone")
+
+    engines = [DiesAtThirdLoad("a"), MemoryEngine("b")]
+    sync = WeightSync(engines, MANIFEST)
+    sync.file = WeightFile(MANIFEST, chunk_bytes=1)
+    sync.push(TableLearner(random_weights(0)), version=1)
+    assert engines[0].calls == ["begin", "load", "load", "load"] and engines[1].version == 1
+    engines[0].calls = ["load"] * 3
+    engines[0].dead = False
+    sync.replay(engines[0])
+    assert engines[0].version == 1
+    assert_same(engines[0].weights, random_weights(0))
+    sync.close()
+
+
+def test_an_engine_that_comes_back_in_the_middle_of_an_update_gets_it_whole() -> None:
+    """Its replay waits for the push: it never sees a file that is half one update and half another."""
+    back, late = threading.Event(), MemoryEngine("late")
+    sync = WeightSync([], MANIFEST)
+    sync.push(TableLearner(random_weights(0)), version=1)
+
+    class SlowLearner(TableLearner):
+        def export(self) -> Iterator[tuple[str, torch.Tensor]]:
+            for n, item in enumerate(super().export()):
+                if n == 2:
+                    back.set()
+                    replay.join(0.2)
+                    assert replay.is_alive() and late.calls == []
+                yield item
+
+    def come_back() -> None:
+        back.wait()
+        sync.replay(late)
+
+    replay = threading.Thread(target=come_back)
+    replay.start()
+    sync.push(SlowLearner(random_weights(1)), version=2)
+    replay.join()
+    assert late.version == 2
+    assert_same(late.weights, random_weights(1))
     sync.close()
 
 
