@@ -84,6 +84,7 @@ def dry_run(recipe: TrainRecipe, folder: RunFolder) -> int:
 def dry_evaluation(recipe: TrainRecipe, section: str) -> int:
     """Prints what `rl.evaluate` would do with the prompts of one section; returns the exit code."""
     inputs = look(recipe, [section])
+    check_gpus(recipe.rollout, machine_of(recipe.hardware).gpus)
     sizes, count = policy_sizes(recipe), inputs.prompts[section]
     print(resolved_yaml(recipe))
     print("\n".join(inputs.lines))

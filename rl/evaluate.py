@@ -85,7 +85,7 @@ def evaluate_policy(recipe: TrainRecipe, logs: Path) -> "list[Evaluation]":
         passes.append((1, 0.0))
     engines = make_engines(recipe.rollout, recipe.policy, source, max_model_len, logs)
     found = []
-    with Scorer(recipe.rewards, log_dir=logs) as scorer, RolloutPool(engines, stall_s=recipe.rollout.stall_s) as pool:
+    with Scorer(recipe.rewards, log_dir=logs) as scorer, RolloutPool(engines, stall_s=recipe.rollout.stall_s, say=_say) as pool:
         for samples, temperature in passes:
             sampling = Sampling(config.max_tokens or recipe.rollout.max_tokens, temperature, tuple(recipe.rollout.stop))
             found.append(
@@ -95,6 +95,10 @@ def evaluate_policy(recipe: TrainRecipe, logs: Path) -> "list[Evaluation]":
                 )
             )  # fmt: skip
     return found
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def numbers(recipe: TrainRecipe, found: "list[Evaluation]") -> dict[str, Any]:

@@ -109,7 +109,7 @@ class RolloutPool:
     def metrics(self) -> dict[str, float]:
         """Engines that can sample now; and since the last call: how often one was started again, completions that were asked again
         for it, and tokens of those that are known to have been sampled in vain (they are in no other count)."""
-        numbers = {
+        numbers: dict[str, float] = {
             "engines/alive": sum(seat.up for seat in self._seats),
             "engines/restarts": self._restarts,
             "engines/reasked": self._reasked,

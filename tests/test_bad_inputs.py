@@ -461,6 +461,12 @@ def a_tracker_that_is_not_installed(inputs):
     inputs.set("log.trackers=[wandb]")
 
 
+@bad("rollout.engines: 3 engines with rollout.tensor_parallel 2 need 6 GPUs, and there are 4", "lower one of the two")
+def more_engines_than_gpus(inputs):
+    inputs.set("rollout.engine=vllm", "rollout.engines=3", "rollout.tensor_parallel=2")
+    inputs.patch.setattr("torch.cuda.device_count", lambda: 4)
+
+
 @bad("rollout.engine: vllm is not installed", "make install", "rollout.engine=hf")
 def an_engine_that_is_not_installed(inputs):
     inputs.patch.setitem(sys.modules, "vllm", None)

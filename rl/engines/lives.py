@@ -5,6 +5,7 @@ had sent, or that a hung one finishes after all, is known for what it is: its re
 must not be taken a second time. The next life begins in the background, and samples only when it has the current weights.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +16,8 @@ from typing import NamedTuple
 
 from data.values import Completion
 from rl.engines.base import Died, Engine, EngineDead, Event, Pulse, Request, patience_s
+
+log = logging.getLogger(__name__)
 
 BACKOFF_s = 1.0
 """Wait before a life that follows two in a row without a finished completion; it doubles with each further one."""
@@ -130,8 +133,11 @@ class Seat:
             self.engine.start(mailbox)
             catch_up(self.engine)
             mailbox.put(Started(self.name))
-        except Exception as error:  # noqa: BLE001 - whatever it was, this life is over, and the pool says what becomes of it
-            mailbox.put(Died(self.name, f"started again: {error if isinstance(error, EngineDead) else repr(error)}"))
+        except EngineDead as error:
+            mailbox.put(Died(self.name, f"started again: {error}"))
+        except Exception as error:  # a life that cannot begin is a death like any other
+            log.exception("engine %s could not be started again", self.name)
+            mailbox.put(Died(self.name, f"started again: {error!r}"))
 
     def close(self) -> None:
         """Ends the engine, also one that is about to begin another life."""

@@ -8,17 +8,17 @@ One pipe joins the two halves, with two threads at this end of it: calls go down
 that does not read, and what comes up becomes events of the mailbox and answers. Values are pickled: both ends are ours, and nothing
 that a policy wrote is ever unpickled as code. The pipe is also how each side learns that the other is gone: the trainer's end of it
 breaks within milliseconds of a kill -9 of the engine, and the engine ends itself when the trainer's end is closed, whatever closed
-it; hung, it is ended by the kernel, with the fork server. An engine that lets a call wait too long is killed, and that is its
-death. Output of vLLM goes to the log file.
+it; where it hangs, its guard ends it. An engine that lets a call wait too long is killed, and that is its death. Output of vLLM goes
+to the log file.
 """
 
 import atexit
-import ctypes
 import importlib.util
 import logging
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import select
 import signal
 import threading
 import time
@@ -41,7 +41,6 @@ logging.getLogger("vllm").addHandler(logging.NullHandler())
 
 LOG_LINES = 15
 """Lines of the engine's log in the message that it died."""
-PR_SET_PDEATHSIG = 1
 OOM_SCORE = 500
 """Out of memory, the kernel shall take an engine, which can be started again, and not the trainer (which has 0)."""
 
@@ -292,17 +291,30 @@ _forking = threading.Lock()
 def _serve(pipe: Connection, spec: VllmSpec) -> None:
     """The engine's process. It leads a session of its own, so that Ctrl-C reaches the trainer alone and it can be killed whole."""
     os.setsid()
-    # The fork server ends with the trainer, and with it this process even where it hangs and reads no pipe (Linux).
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     with suppress(OSError):  # a container may not allow it
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
     with spec.log_path.open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    engine = os.pidfd_open(os.getpid())
+    if os.fork() == 0:
+        _guard(pipe, engine)
     # The fork server has imported it already; the trainer must not.
     from rl.engines.vllm_worker import serve
 
     serve(pipe, spec)
+
+
+def _guard(pipe: Connection, engine: int) -> None:
+    """A process that does nothing but end the whole session, itself too, when the trainer or the engine's first process is gone.
+
+    Nobody else would: a process that hangs does not see that its pipe has ended, and vLLM's engine core outlives one that was killed.
+    """
+    gone = select.poll()
+    gone.register(pipe.fileno(), 0)  # of the trainer's end nothing but that it was closed
+    gone.register(engine, select.POLLIN)
+    gone.poll()
+    os.killpg(0, signal.SIGKILL)
 
 
 def log_tail(path: Path) -> str:

@@ -114,7 +114,8 @@ class WeightFile:
             self.bytes += -(-size_of(spec) // ALIGN_bytes) * ALIGN_bytes
         self._chunk_bytes = chunk_bytes
         self._fd = _anonymous_file(self.bytes)
-        self._map = mmap.mmap(self._fd, self.bytes)
+        # Populated here, the first update is as quick as later ones.
+        self._map = mmap.mmap(self._fd, self.bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
         """How other processes of this user and machine open it."""
         self._views = {slot.name: _view(self._map, slot, slot.offset) for slot in self.slots.values()}

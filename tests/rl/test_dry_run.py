@@ -125,6 +125,8 @@ def test_a_recipe_that_cannot_fit_says_by_how_much(
     assert "does not fit, 6.31 GB too much" in out and "memory: does not fit; what helps: more GPUs" in out
     assert dry_run(monkeypatch, rl.train, "recipes/gsm8k_8gpu.yaml", "rollout.engines=8") == 0
     assert "memory: does not fit: rollout: 8 engines on 1 GPUs each leave none of 8 to the learner" in capsys.readouterr().out
+    assert dry_run(monkeypatch, rl.train, "recipes/gsm8k_8gpu.yaml", "rollout.engines=5", "rollout.tensor_parallel=2") == 2
+    assert "need 10 GPUs, and there are 8; lower one of the two" in capsys.readouterr().err
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------

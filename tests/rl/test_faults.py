@@ -57,7 +57,7 @@ Hook = Callable[[int, torch.nn.Module, tuple[torch.Tensor, ...], torch.Tensor], 
 
 
 def sample(folder: Path, hook: Hook | None = None, stall_s: float = 60.0) -> tuple[Done, dict[str, float], list[str]]:
-    """Completions of all groups from two engines with the second policy's weights; `hook` is called with the count of output heads."""
+    """Completions of all groups from two engines with the second policy's weights; `hook` hears of each token with a count."""
     engines = [HfEngine(f"engine-{n}", str(folder / "p0"), torch.float32, slots=8) for n in range(2)]
     sync = WeightSync(engines, read_manifest(folder / "p0"))
     got: list[Completion] = []
@@ -67,7 +67,8 @@ def sample(folder: Path, hook: Hook | None = None, stall_s: float = 60.0) -> tup
         sync.push(Checkpoint(folder / "p1"), version=1)
         if hook is not None:
             calls = iter(range(10**9))
-            engines[0].model.lm_head.register_forward_hook(lambda *what: hook(next(calls), *what))  # type: ignore[union-attr]
+            for engine in engines:
+                engine.model.lm_head.register_forward_hook(lambda *what: hook(next(calls), *what))  # type: ignore[union-attr]
         pool.collect(groups(), got.append)
         deadline = time.monotonic() + 5
         while (numbers := pool.metrics() | {"engines/reasked": 0})["engines/alive"] < 2 and time.monotonic() < deadline:
@@ -100,9 +101,9 @@ def test_an_engine_that_raises_loses_no_group_and_changes_no_bit(folder: Path, u
 
     got, numbers, said = sample(folder, fail)
     assert_same(got, undisturbed)
-    assert [line.split(",")[0] for line in said].count("engine engine-0 died") == 3
+    assert sum(" died, " in line for line in said) == 3
     assert said[0].endswith(f" completions are asked again: {type(error).__name__}: {error}")
-    assert said.count("engine engine-0 is back") == 3 and numbers["engines/alive"] == 2
+    assert sum(line.endswith("is back") for line in said) == 3 and numbers["engines/alive"] == 2
 
 
 def test_an_engine_that_hangs_is_left_behind_and_changes_no_bit(folder: Path, undisturbed: Done) -> None:
@@ -115,7 +116,7 @@ def test_an_engine_that_hangs_is_left_behind_and_changes_no_bit(folder: Path, un
     got, _, said = sample(folder, hang, stall_s=0.4)
     wake.set()
     assert_same(got, undisturbed)
-    assert len(said) == 2 and "hung: no token for 0." in said[0] and said[1] == "engine engine-0 is back"
+    assert len(said) == 2 and "hung: no token for 0." in said[0] and said[1].endswith("is back")
 
 
 def test_an_engine_that_gives_no_numbers_is_not_believed(folder: Path, undisturbed: Done) -> None:
