@@ -7,21 +7,25 @@ user, for good. An ordinary user makes a user namespace and builds the same in t
 import json
 import os
 import pwd
+import select
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rewards.sandbox import bubblewrap, kernel, processes, program, seccomp, view
+from rewards.sandbox import bubblewrap, folders, kernel, program, seccomp, view
 from rewards.sandbox.confine import Confinement, confine
 from rewards.sandbox.limits import Limits, SandboxError
 from rewards.sandbox.server import Server
 
 _DYNAMIC_UIDS = range(61184, 65520)
 """Set aside for users without a name (systemd's DynamicUser), and present in the id maps of most containers."""
+_END_S = 3.0
+"""How long a server may take to end by itself when its judge is gone."""
 _NAMESPACES = (
     kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS
 )
@@ -69,8 +73,10 @@ def _prepare(control: socket.socket, backend: str, extra: list[str]) -> tuple[Co
     if os.geteuid() == 0:
         _become(unused_uid())
     if backend != "namespaces":
+        how = replace(how, folders=tempfile.mkdtemp(prefix=folders.PREFIX) if backend == "landlock" else "")
+        _go_on_under_a_guard(control, how.folders)
         kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
-        return replace(how, others=processes.threads_of(os.getuid())), -1
+        return how, -1
     uid, gid = os.getuid(), os.getgid()
     kernel.unshare(_NAMESPACES)
     Path("/proc/self/setgroups").write_text("deny")
@@ -78,7 +84,7 @@ def _prepare(control: socket.socket, backend: str, extra: list[str]) -> tuple[Co
     Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
     if not built:
         view.build_root(paths, Limits())
-    _go_on_as_process_1(control)
+    _go_on_under_a_guard(control)
     own_pids = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     view.mount_proc()
     return how, own_pids
@@ -119,14 +125,39 @@ def _become(uid: int) -> None:
     kernel.prctl(kernel.PR_SET_DUMPABLE, 1)  # or /proc/self, where ids are mapped, would stay root's
 
 
-def _go_on_as_process_1(control: socket.socket) -> None:
-    """Goes on in a child, the first process of the new process id namespace; this process waits for it and ends as it does."""
+def _go_on_under_a_guard(control: socket.socket, folder: str = "") -> None:
+    """Goes on in a child, in `namespaces` the first process of the new process id namespace; this process guards it.
+
+    The guard ends the server if the judge is gone and the server does not end by itself, waits for all that it leaves, and removes
+    `folder`. The server ends with its guard.
+    """
+    kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
+    ours, theirs = os.pipe()
     pid = os.fork()
-    if pid:
-        control.close()
-        os.waitpid(pid, 0)
-        os._exit(0)
-    kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if not pid:
+        kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+        os.close(theirs)
+        if os.read(ours, 1) != b"g":
+            os._exit(1)  # the guard died before the first line
+        os.close(ours)
+        return
+    os.write(theirs, b"g")
+    server = os.pidfd_open(pid)
+    poll = select.poll()
+    poll.register(server, select.POLLIN)
+    poll.register(control, 0)  # says that the judge is gone
+    if server not in dict(poll.poll()):
+        poll.unregister(control)
+        if not poll.poll(1000 * _END_S):
+            os.kill(pid, signal.SIGKILL)
+    try:
+        while True:
+            os.wait()
+    except ChildProcessError:
+        pass
+    if folder:
+        folders.remove(folder)
+    os._exit(0)
 
 
 def main(config: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ import resource
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rewards.sandbox import kernel, landlock, seccomp, view
@@ -37,8 +36,13 @@ class Confinement:
     """What programs may read."""
     landlock: int
     """Version, 0 for none."""
-    others: int = 0
-    """Processes and threads that this user has beside, where the kernel counts them with those of programs."""
+    folders: str = ""
+    """The folder with the temporary folders of programs; none where each program has its own /tmp."""
+
+    @property
+    def own_processes(self) -> int:
+        """Processes of the backend itself among those of a program: bubblewrap has two."""
+        return 2 if self.backend == "bubblewrap" else 0
 
 
 def confine(how: Confinement, limits: Limits, folder: str) -> None:
@@ -49,9 +53,7 @@ def confine(how: Confinement, limits: Limits, folder: str) -> None:
         # One more user namespace: the kernel counts processes in each, so that one program's bomb does not take another's share.
         kernel.unshare(kernel.CLONE_NEWUSER)
     os.chdir(folder)
-    # All programs share one count there: this stops a bomb, the server finds out whose it is.
-    processes = how.others + 8 * limits.processes if how.backend == "landlock" else limits.processes
-    set_limits(limits, processes)
+    set_limits(limits, own_count=how.backend != "landlock")
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
     if how.landlock:
         readable = [*how.paths, *([] if how.backend == "landlock" else ["/proc"])]
@@ -66,10 +68,10 @@ def confine(how: Confinement, limits: Limits, folder: str) -> None:
     kernel.set_seccomp(seccomp.filter_program(os.uname().machine, weak, signals))
 
 
-def set_limits(limits: Limits, processes: int) -> None:
-    """The rlimits; `processes`: how many this user may have."""
+def set_limits(limits: Limits, own_count: bool) -> None:
+    """The rlimits. `own_count`: the kernel counts processes of this program alone, and not all of its user."""
     megabytes = 1 << 20
-    values: Mapping[int, int] = {
+    values = {
         resource.RLIMIT_AS: limits.memory_mb * megabytes,
         resource.RLIMIT_CPU: limits.cpu_s,
         resource.RLIMIT_FSIZE: limits.output_mb * megabytes,
@@ -78,8 +80,9 @@ def set_limits(limits: Limits, processes: int) -> None:
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
-        resource.RLIMIT_NPROC: processes,
     }
+    if own_count:
+        values |= {resource.RLIMIT_NPROC: limits.processes}
     for which, value in values.items():
         hard = resource.getrlimit(which)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)

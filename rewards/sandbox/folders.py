@@ -5,10 +5,12 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+PREFIX = "cohort-sandbox-"
 
-def make(backend: str) -> str:
-    """A program's temporary folder, an absolute path: /tmp where it has one of its own, else a new folder of this user."""
-    return tempfile.mkdtemp(prefix="cohort-sandbox-") if backend == "landlock" else "/tmp"
+
+def make(inside: str) -> str:
+    """A program's temporary folder, an absolute path: a new one in the server's, or /tmp where there is none, as it has its own."""
+    return tempfile.mkdtemp(dir=inside) if inside else "/tmp"
 
 
 def is_over(folder: str, limit: int) -> bool:

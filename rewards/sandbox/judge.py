@@ -229,7 +229,7 @@ class _Job:
             reply = self._reply.result(self._limits.wall_s + _GRACE_S)
             return self._ending(reply)
         except TimeoutError:
-            raise SandboxError("the sandbox's server does not say how a program ended") from None
+            raise SandboxError("the sandbox's server does not say how a program ended") from None  # TODO
         finally:
             for fd in self.fds:
                 os.close(fd)

@@ -10,6 +10,8 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT = 1, 2, 4, 32
 MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
 MNT_DETACH = 2
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
+PTRACE_CONT, PTRACE_SEIZE, PTRACE_LISTEN, PTRACE_EVENT_STOP = 7, 0x4206, 0x4208, 128
+PTRACE_O_TRACEFORK, PTRACE_O_TRACEVFORK, PTRACE_O_TRACECLONE, PTRACE_O_EXITKILL = 1 << 1, 1 << 2, 1 << 3, 1 << 20
 _SECCOMP_MODE_FILTER = 2
 _CAPABILITY_VERSION_3 = 0x20080522
 _SYSCALL_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
@@ -54,6 +56,10 @@ def pivot_root(new: str, old: str) -> None:
 
 def prctl(option: int, value: int) -> None:
     _checked(_libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0), f"prctl({option})")
+
+
+def ptrace(request: int, pid: int, data: int) -> None:
+    _checked(_libc.ptrace(ctypes.c_long(request), ctypes.c_long(pid), ctypes.c_void_p(0), ctypes.c_void_p(data)), f"ptrace({request:#x})")
 
 
 def drop_capabilities() -> None:

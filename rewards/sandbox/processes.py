@@ -1,10 +1,6 @@
-"""The processes of a program, as /proc lists them, for where no namespace ends them together and for limits on their sum.
-
-A process that may fork while it is being killed is stopped first: what is stopped starts nothing, so the search comes to an end.
-"""
+"""The processes of a program, as /proc lists them, for limits on their sum."""
 
 import os
-import signal
 from collections import defaultdict
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -22,18 +18,6 @@ def children() -> dict[int, list[int]]:
                 continue
             found[int(fields[1])].append(int(name))
     return found
-
-
-def threads_of(uid: int) -> int:
-    """Threads of a user, which is what RLIMIT_NPROC counts."""
-    count = 0
-    for entry in os.scandir("/proc"):
-        try:
-            if entry.name.isdigit() and entry.stat().st_uid == uid:
-                count += len(os.listdir(f"/proc/{entry.name}/task"))
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return count
 
 
 def tree(root: int, by_parent: dict[int, list[int]]) -> list[int]:
@@ -61,25 +45,3 @@ def memory(pids: list[int]) -> int:
         except (FileNotFoundError, ProcessLookupError):
             continue
     return total
-
-
-def kill_trees(roots: list[int]) -> None:
-    """Stops all of some trees, then kills it."""
-    stopped: set[int] = set()
-    while True:
-        by_parent = children()
-        fresh = {pid for root in roots for pid in tree(root, by_parent)} - stopped
-        if not fresh:
-            break
-        for pid in fresh:
-            _signal(pid, signal.SIGSTOP)
-        stopped |= fresh
-    for pid in stopped:
-        _signal(pid, signal.SIGKILL)
-
-
-def _signal(pid: int, number: signal.Signals) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass

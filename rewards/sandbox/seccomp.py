@@ -13,8 +13,8 @@ _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _AND, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x54
 _NR, _ARCH, _ARGUMENTS = 0, 4, 16
 _NEWEST = 462
 """mseal, Linux 6.10. What is newer does not exist for a program."""
-_NAMESPACES = 0x7E020000
-"""CLONE_NEW*; CLONE_NEWTIME exists for clone3 and unshare alone."""
+_CLONE_REFUSED = 0x7E020000 | 0x00800000
+"""CLONE_NEW* (CLONE_NEWTIME exists for clone3 and unshare alone), and CLONE_UNTRACED, which would leave a tracer."""
 
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """Column of the numbers below, AUDIT_ARCH."""
@@ -65,8 +65,8 @@ _PRIORITY, _IOCTL, _PRCTL = (141, 140), (16, 29), (157, 167)
 _SIGNALS = [(62, 129), (200, 130), (234, 131), (129, 138), (297, 240)]
 """kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo."""
 _PIDFD_SIGNAL = (424, 424)
-_PRCTL_REFUSED = (22, 35, 36)
-"""PR_SET_SECCOMP, PR_SET_MM, PR_SET_CHILD_SUBREAPER."""
+_PRCTL_REFUSED = (4, 22, 35, 36)
+"""PR_SET_DUMPABLE, which would close its descriptors to the server; PR_SET_SECCOMP, PR_SET_MM, PR_SET_CHILD_SUBREAPER."""
 _IOCTL_REFUSED = (0x5412, 0x541C)
 """TIOCSTI and TIOCLINUX, which type into a terminal."""
 
@@ -90,7 +90,7 @@ def filter_program(machine: str, shared_files: bool = False, signals_only_to: in
     refuse, allow = _op(_RETURN, ERRNO | _EPERM), _op(_RETURN, ALLOW)
     zero = [_op(_EQUAL, 0, 1, 0), refuse]
     conditional = {
-        _CLONE: [_argument(0), _op(_ANY_BIT, _NAMESPACES, 0, 1), refuse],
+        _CLONE: [_argument(0), _op(_ANY_BIT, _CLONE_REFUSED, 0, 1), refuse],
         # A stream alone: a datagram socket of a pair could still send to any address.
         _SOCKETPAIR: [_argument(0), _op(_EQUAL, 1, 1, 0), refuse, _argument(1), _op(_AND, 0xF), _op(_EQUAL, 1, 1, 0), refuse],
         _PRLIMIT: [_argument(0), *zero],

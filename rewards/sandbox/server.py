@@ -5,7 +5,7 @@ on one socket to the judge and carry the job's number. When the judge is gone, b
 here.
 
 In `namespaces` the server is process 1 of a process id namespace, and each program of one of its own inside: the kernel ends all of a
-program with its first process. Elsewhere orphans come to the server (it is their subreaper), and it ends them.
+program with its first process. Elsewhere each program has a tracer, and the kernel ends all of the program with that.
 """
 
 import gc
@@ -18,10 +18,11 @@ import socket
 import sys
 import time
 import traceback
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
-from rewards.sandbox import bubblewrap, confine, folders, kernel, processes, program, semaphores
+from rewards.sandbox import bubblewrap, confine, folders, kernel, processes, program, semaphores, tracer
 from rewards.sandbox.limits import REQUEST_BYTES, Limits
 
 _TICK_S = 0.05
@@ -38,8 +39,11 @@ class _Running:
 
     number: int
     pid: int
+    """Of its first process, or of its tracer: all of it ends with that."""
     limits: Limits
     folder: str
+    report: int
+    """Where its tracer writes how it ended; -1 without one."""
     began: float = field(default_factory=time.monotonic)
     ended_by: str = ""
     """The limit it was killed for, or `stopped` where the judge had no more use for it."""
@@ -93,26 +97,28 @@ class Server:
         return True
 
     def _start(self, request: dict[str, Any], fds: list[int]) -> None:
-        limits = Limits(**request["limits"])
-        folder = folders.make(self._how.backend)
+        limits, folder = Limits(**request["limits"]), "/tmp"
         try:
-            pid = self._fork()
+            folder = folders.make(self._how.folders)
+            pid, report = self._fork(limits, folder, fds)
         except OSError as error:
             folders.remove(folder)
             self._reply({"id": request["id"], "failed": f"fork: {error}"})
         else:
-            if not pid:
-                run_job(self._how, limits, folder, fds)
             pidfd = os.pidfd_open(pid)
-            self._running[pidfd] = _Running(request["id"], pid, limits, folder)
+            self._running[pidfd] = _Running(request["id"], pid, limits, folder, report)
             self._poll.register(pidfd, select.POLLIN)
         for fd in fds:
             os.close(fd)
 
-    def _fork(self) -> int:
-        """Forks; the child is process 1 of a new namespace where there are any."""
+    def _fork(self, limits: Limits, folder: str, fds: list[int]) -> tuple[int, int]:
+        """Forks a job: its first process in a namespace of its own, or its tracer; and where the tracer reports."""
+
+        def job() -> NoReturn:
+            run_job(self._how, limits, folder, fds)
+
         if self._own_pids < 0:
-            return os.fork()
+            return self._fork_traced(replace(limits, processes=limits.processes + self._how.own_processes), job)
         kernel.unshare(kernel.CLONE_NEWPID)
         pid = -1
         try:
@@ -120,25 +126,44 @@ class Server:
         finally:
             if pid:
                 kernel.setns(self._own_pids, kernel.CLONE_NEWPID)  # or there could be no second one
-        return pid
+        if not pid:
+            job()
+        return pid, -1
+
+    def _fork_traced(self, limits: Limits, job: Callable[[], NoReturn]) -> tuple[int, int]:
+        server = os.getpid()
+        report, theirs = os.pipe()
+        try:
+            pid = os.fork()
+            if not pid:
+                tracer.trace(server, limits, theirs, job)
+        except OSError:
+            os.close(report)
+            raise
+        finally:
+            os.close(theirs)
+        return pid, report
 
     def _ended(self, pidfd: int) -> None:
         self._poll.unregister(pidfd)
         os.close(pidfd)
         running = self._running.pop(pidfd)
-        _, status, usage = os.wait4(running.pid, 0)
-        if self._own_pids < 0:
-            self._end_orphans()
+        status, cpu_s = _wait(running.pid)
+        said = {"status": status, "ended_by": ""}
+        if running.report >= 0:
+            said = _read_report(running.report) or said
+            if not said.pop("alone", False):
+                cpu_s += self._reap_orphans()
         folders.remove(running.folder)
         self._reply(
             {
                 "id": running.number,
-                "status": os.waitstatus_to_exitcode(status),
                 "by_bubblewrap": self._how.backend == "bubblewrap",
-                "ended_by": running.ended_by,
                 "wall_s": time.monotonic() - running.began,
-                "cpu_s": usage.ru_utime + usage.ru_stime,
+                "cpu_s": cpu_s,
             }
+            | said
+            | ({"ended_by": running.ended_by} if running.ended_by else {})
         )
 
     def _watch(self) -> None:
@@ -146,10 +171,10 @@ class Server:
         by_parent = processes.children()
         for running in self._running.values():
             elapsed = time.monotonic() - running.began
-            pids = processes.tree(running.pid, by_parent)
+            pids = processes.tree(running.pid, by_parent)[self._own_pids < 0 :]  # less its tracer
             if elapsed > running.limits.wall_s:
                 self._kill(running, "timeout")
-            elif len(pids) > running.limits.processes + 2:  # bubblewrap has two of its own
+            elif len(pids) > running.limits.processes + self._how.own_processes:
                 self._kill(running, "processes")
             elif len(pids) > 1 and processes.memory(pids) > running.limits.memory_mb << 20:
                 self._kill(running, "memory")
@@ -158,37 +183,39 @@ class Server:
 
     def _kill(self, running: _Running, why: str) -> None:
         running.ended_by = running.ended_by or why
-        if self._own_pids >= 0:
-            os.kill(running.pid, signal.SIGKILL)
-        else:
-            processes.kill_trees([running.pid])
+        os.kill(running.pid, signal.SIGKILL)
 
-    def _end_orphans(self) -> None:
-        """Ends what programs left: children of the server that are no job's first process."""
-        while True:
-            jobs = {running.pid for running in self._running.values()}
-            orphans = [pid for pid in processes.children().get(os.getpid(), []) if pid not in jobs]
-            if not orphans:
-                return
-            processes.kill_trees(orphans)
-            for pid in orphans:
-                os.waitpid(pid, 0)
+    def _reap_orphans(self) -> float:
+        """Waits for what a tracer left: children of the server (it is their subreaper) that the kernel is ending; their CPU seconds."""
+        tracers = {running.pid for running in self._running.values()}
+        left = [pid for pid in processes.children().get(os.getpid(), []) if pid not in tracers]
+        return sum(_wait(pid)[1] for pid in left)
 
     def _stop(self) -> None:
         for running in self._running.values():
             self._kill(running, "stopped")
         for running in self._running.values():
             os.waitpid(running.pid, 0)
-            folders.remove(running.folder)
         self._running.clear()
-        if self._own_pids < 0:
-            self._end_orphans()
 
     def _reply(self, reply: dict[str, Any]) -> None:
         try:
             self._control.send(json.dumps(reply).encode())
         except (BrokenPipeError, ConnectionResetError):
             pass  # the judge is gone; the next look at the socket says so
+
+
+def _wait(pid: int) -> tuple[int, float]:
+    """The exit code of a child, or minus its signal, and the CPU seconds of it and of what it waited for."""
+    _, status, usage = os.wait4(pid, 0)
+    return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+
+
+def _read_report(report: int) -> dict[str, Any]:
+    """What a tracer said at its end; empty where it was killed before."""
+    said = os.read(report, REQUEST_BYTES)
+    os.close(report)
+    return json.loads(said) if said else {}
 
 
 def run_job(how: confine.Confinement, limits: Limits, folder: str, fds: list[int]) -> NoReturn:

@@ -13,7 +13,7 @@ SOURCE, LIMITS, ROUNDS, RUNS = "print(sum(map(int, input().split())))", Limits()
 
 def plain() -> None:
     command = [sys.executable, "-I", "-c", SOURCE]
-    subprocess.run(command, input=b"3 4", capture_output=True, check=True, preexec_fn=lambda: set_limits(LIMITS, 4096))
+    subprocess.run(command, input=b"3 4", capture_output=True, check=True, preexec_fn=lambda: set_limits(LIMITS, own_count=False))
 
 
 def main() -> None:

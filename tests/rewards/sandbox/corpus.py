@@ -113,21 +113,18 @@ class Targets:
         return found
 
 
+def process_ids_below() -> list[str]:
+    """All that descends from this process; whatever lost its parent comes to it, as it is a subreaper."""
+    from rewards.sandbox.processes import children, tree
+
+    return [str(pid) for pid in tree(os.getpid(), children())[1:]]
+
+
 def left_behind() -> dict[str, list[str]]:
-    """What a sandbox must not leave: processes of Cohort's server or its programs, folders, shared memory, mounts."""
-    mine = {str(os.getpid())}
-    processes = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and entry.name not in mine:
-            try:
-                line = (entry / "cmdline").read_bytes()
-                if b"rewards.sandbox.bootstrap" in line and (entry / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                    processes.append(entry.name)
-            except OSError:
-                continue
+    """What a sandbox must not leave: processes, folders, shared memory, mounts."""
     shared = os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else []
     return {
-        "processes": sorted(processes),
+        "processes": sorted(process_ids_below()),
         "folders": sorted(name for name in os.listdir("/tmp") if name.startswith("cohort-sandbox-")),
         "shared": sorted(name for name in shared if not name.startswith(("torch_", "psm_", "__KMP"))),
         "mounts": Path("/proc/self/mounts").read_text().splitlines(),
@@ -136,10 +133,12 @@ def left_behind() -> dict[str, list[str]]:
 
 def run(backend: str, only: str | None = None) -> dict[str, Any]:
     from rewards.code_tests import run_test
+    from rewards.sandbox import kernel
     from rewards.sandbox.judge import Sandbox
     from rewards.sandbox.limits import Limits
     from rewards.sandbox.seccomp import REFUSED
 
+    kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
     machine = os.uname().machine
     column = list(CALLS).index(machine)
     numbers = {name: pair[column] for name, pair in REFUSED.items() if pair[column] is not None} | CALLS[machine]
