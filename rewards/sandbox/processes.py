@@ -3,6 +3,8 @@
 import os
 from collections import defaultdict
 
+_SOCKET_BYTES = 1 << 18
+"""A Unix socket's buffer, as Linux has it."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -32,8 +34,11 @@ def tree(root: int, by_parent: dict[int, list[int]]) -> list[int]:
 
 
 def memory(pids: list[int]) -> int:
-    """Bytes that processes have written, shared pages by share; where the kernel does not say that, all that they have mapped."""
-    total = 0
+    """Bytes that processes have written, shared pages by share; where the kernel does not say that, all that they have mapped.
+
+    And what may lie in the buffers of their sockets, which is in no process.
+    """
+    total = _SOCKET_BYTES * len(_sockets(pids))
     for pid in pids:
         try:
             try:
@@ -45,3 +50,14 @@ def memory(pids: list[int]) -> int:
         except (FileNotFoundError, ProcessLookupError):
             continue
     return total
+
+
+def _sockets(pids: list[int]) -> set[str]:
+    found = set()
+    for pid in pids:
+        try:
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                found.add(os.readlink(f"/proc/{pid}/fd/{fd}"))
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+    return {target for target in found if target.startswith("socket:")}

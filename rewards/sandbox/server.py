@@ -178,7 +178,7 @@ class Server:
                 self._kill(running, "processes")
             elif len(pids) > 1 and processes.memory(pids) > running.limits.memory_mb << 20:
                 self._kill(running, "memory")
-            elif self._how.backend == "landlock" and folders.is_over(running.folder, running.limits.files_mb << 20):
+            elif self._how.backend == "landlock" and folders.is_over(running.folder, running.limits.files_mb << 20, pids):
                 self._kill(running, "files")
 
     def _kill(self, running: _Running, why: str) -> None:
