@@ -25,6 +25,8 @@ from rewards.sandbox.values import NotPlain, encode, parse
 _START_S = 30.0
 _GRACE_S = 15.0
 """How long after a job's wall time the server may take to say that it ended, before it counts as broken."""
+_CLOSE_S = 10.0
+"""How long the server's guard may take to end all of it."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,10 @@ class Sandbox:
             program = self._begin({"kind": "serve", "source": source, "nonce": nonce}, limits, b"", theirs.fileno())
             job = {"kind": "asserts", "text": asserts, "names": list(names), "nonce": nonce}
             judged = self._begin(job, limits, b"", ours.fileno())
-        verdict = judged.wait()
+        verdict = self._end(judged)
         if verdict.result is None or verdict.result["verdict"] != "ended":
             self._send({"stop": program.number})
-        return program.wait(), verdict
+        return self._end(program), verdict
 
     @property
     def alive(self) -> bool:
@@ -95,12 +97,12 @@ class Sandbox:
             self._control.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass  # the server is gone already
-        self._control.close()
         try:
-            self._process.wait(timeout=5.0)
+            self._process.wait(timeout=_CLOSE_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._process.kill()  # the server ends with its guard, and all programs with the server
             self._process.wait()
+        self._control.close()
 
     def __enter__(self) -> "Sandbox":
         return self
@@ -157,7 +159,7 @@ class Sandbox:
         return "" if ending.stdout == b"42\n" else f"a first program failed: {ending.stderr[-300:].decode('utf-8', 'replace')}"
 
     def _run(self, job: dict[str, Any], limits: Limits, stdin: bytes = b"") -> Ending:
-        return self._begin(job | {"nonce": secrets.token_hex(16)}, limits, stdin).wait()
+        return self._end(self._begin(job | {"nonce": secrets.token_hex(16)}, limits, stdin))
 
     def _begin(self, job: dict[str, Any], limits: Limits, stdin: bytes, channel: int | None = None) -> "_Job":
         with self._lock:
@@ -167,8 +169,21 @@ class Sandbox:
         begun = _Job(number, job["nonce"], limits, self._waiting[number])
         asked = asdict(limits)
         begun.fill(job | {"limits": asked}, stdin)
-        self._send({"id": number, "limits": asked}, [*begun.fds, *([] if channel is None else [channel])])
+        try:
+            self._send({"id": number, "limits": asked}, [*begun.fds, *([] if channel is None else [channel])])
+        except SandboxError:
+            begun.close()
+            raise
         return begun
+
+    def _end(self, begun: "_Job") -> Ending:
+        try:
+            return begun.wait()
+        except TimeoutError:
+            self.close()  # it hangs: nothing of it goes on, and the next job gets another
+            raise SandboxError("the sandbox's server does not say how a program ended") from None
+        finally:
+            begun.close()
 
     def _send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         try:
@@ -225,14 +240,12 @@ class _Job:
             os.lseek(fd, 0, os.SEEK_SET)
 
     def wait(self) -> Ending:
-        try:
-            reply = self._reply.result(self._limits.wall_s + _GRACE_S)
-            return self._ending(reply)
-        except TimeoutError:
-            raise SandboxError("the sandbox's server does not say how a program ended") from None  # TODO
-        finally:
-            for fd in self.fds:
-                os.close(fd)
+        """How it ended; TimeoutError if the server does not say it in time."""
+        return self._ending(self._reply.result(self._limits.wall_s + _GRACE_S))
+
+    def close(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
 
     def _ending(self, reply: dict[str, Any]) -> Ending:
         started = os.pread(self._job, 3, 0)
