@@ -7,24 +7,26 @@ The program is the last fenced block after the reasoning. A row's `tests` is a l
 Each test runs in a fresh process. What it expects is compared here or, for asserts, in a process apart, and never goes where the
 program is. Arguments go there by value, so a change that a function makes in them is not seen.
 
-A program that fails in any way is a wrong answer; only a failure of the sandbox or of the row is an error. `log_extra` gets a column
-`code_tests/detail`: the first failing case, its verdict, and the last 300 characters that the program wrote.
+A program that fails in any way is a wrong answer; only a failure of the sandbox or of the row is an error. The Score's detail is the
+first failing case, its verdict, and the last 300 characters that the program wrote.
 """
 
 import ast
 import math
 import os
 import textwrap
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 from data.values import Messages
 from rewards.sandbox.judge import Ending, Sandbox, shared_sandbox
 from rewards.sandbox.limits import Limits, SandboxError
 from rewards.text import answer_text, completion_text
 
+Judged = TypeVar("Judged")
 _TAIL = 300
 _KINDS: tuple[tuple[set[str], set[str]], ...] = (
     ({"stdin", "stdout"}, set()),
@@ -45,6 +47,14 @@ class Verdict:
     """The end of what the program wrote."""
 
 
+def prepare(reward: str = "all", limits: dict[str, Any] | None = None, total_s: float = 25.0, backend: str = "auto") -> str:
+    """Starts the sandbox before the first call and says what the user must know. ValueError or SandboxError for what cannot be."""
+    if reward not in ("all", "fraction"):
+        raise ValueError(f"option reward: '{reward}' is neither 'all' nor 'fraction'")
+    read_limits(limits)
+    return shared_sandbox(backend).warning
+
+
 def code_tests(
     prompts: list[str | Messages],
     completions: list[str | Messages],
@@ -53,16 +63,16 @@ def code_tests(
     log_extra: Callable[[str, list[Any]], None] | None = None,
     reward: str = "all",
     limits: dict[str, Any] | None = None,
+    total_s: float = 25.0,
     backend: str = "auto",
     **_: Any,
 ) -> list[float | None]:
     """Rewards, one for each completion; None where the row has no tests. ValueError for tests that cannot be run.
 
-    `reward`: `all` (1 or 0) or `fraction`; `limits`: fields of `rewards.sandbox.limits.Limits`; `backend`: the sandbox's.
+    `reward`: `all` (1 or 0) or `fraction`; `limits`: fields of `rewards.sandbox.limits.Limits`, of each run; `total_s`: seconds that
+    all tests of a completion may take together, less than the part's `timeout_s`; `backend`: the sandbox's.
     """
-    if reward not in ("all", "fraction"):
-        raise ValueError(f"option reward: '{reward}' is neither 'all' nor 'fraction'")
-    bounds, sandbox = Limits(**limits or {}), shared_sandbox(backend)
+    bounds, sandbox = read_limits(limits), shared_sandbox(backend)
 
     def judge(index: int) -> tuple[float | None, str]:
         rows = tests[index] if tests else None
@@ -72,13 +82,29 @@ def code_tests(
         source = find_program(completion_text(completions[index]), prompt_texts[index] if prompt_texts else "")
         if source is None:
             return 0.0, "no program: there is no fenced block after the reasoning"
-        return grade(sandbox, source, rows, bounds, stop_early=reward == "all")
+        return grade(sandbox, source, rows, bounds, stop_early=reward == "all", total_s=total_s)
 
-    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as threads:
-        judged = list(threads.map(judge, range(len(completions))))
+    judged = judge_each(judge, len(completions))
     if log_extra:
-        log_extra("code_tests/detail", [detail for _, detail in judged])
+        log_extra("detail", [detail for _, detail in judged])
     return [value for value, _ in judged]
+
+
+def read_limits(limits: dict[str, Any] | None) -> Limits:
+    """The option of that name; ValueError for one that does not exist."""
+    known = [field.name for field in fields(Limits)]
+    for name, value in (limits or {}).items():
+        if name not in known:
+            raise ValueError(f"option limits: there is no limit '{name}'; there are {', '.join(known)}")
+        if not isinstance(value, int | float) or value <= 0:
+            raise ValueError(f"option limits: {name} is {value!r}, and has to be a number above 0")
+    return Limits(**limits or {})
+
+
+def judge_each(judge: Callable[[int], Judged], count: int) -> list[Judged]:
+    """What `judge` says of each completion; there are at most 4 workers by default, which have a program for each CPU together."""
+    with ThreadPoolExecutor(max_workers=max(1, len(os.sched_getaffinity(0)) // 4)) as threads:
+        return list(threads.map(judge, range(count)))
 
 
 def find_program(text: str, prompt_text: str = "") -> str | None:
@@ -113,11 +139,19 @@ def check_tests(tests: Any) -> None:
         raise ValueError("tests expect nothing: a program that does nothing would pass")
 
 
-def grade(sandbox: Sandbox, source: str, tests: Sequence[dict[str, Any]], limits: Limits, stop_early: bool) -> tuple[float, str]:
-    """The share of tests passed, 0 if none that proves anything; `stop_early`: 1 or 0. And the detail of the first failure."""
-    passed, proved, detail = 0, False, ""
+def grade(
+    sandbox: Sandbox, source: str, tests: Sequence[dict[str, Any]], limits: Limits, stop_early: bool, total_s: float
+) -> tuple[float, str]:
+    """The share of tests passed, 0 if none that proves anything; `stop_early`: 1 or 0. And the detail of the first failure.
+
+    What `total_s` has no time for counts as `timeout`.
+    """
+    passed, proved, detail, end = 0, False, "", time.monotonic() + total_s
     for index, test in enumerate(tests):
-        verdict = run_test(sandbox, source, test, limits)
+        left_s = end - time.monotonic()
+        verdict = Verdict("timeout", f"the tests took more than {total_s:g} s together")
+        if left_s > 0:
+            verdict = run_test(sandbox, source, test, replace(limits, wall_s=min(limits.wall_s, left_s)))
         if verdict.name == "passed":
             passed += 1
             proved = proved or _proves(test)

@@ -11,24 +11,41 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from data.values import Messages
-from rewards.code_tests import find_program
-from rewards.sandbox.judge import Ending, shared_sandbox
-from rewards.sandbox.limits import Limits, SandboxError
+from rewards.code_tests import find_program, judge_each, read_limits
+from rewards.sandbox.judge import Ending, Sandbox, shared_sandbox
+from rewards.sandbox.limits import SandboxError
 from rewards.text import answer_text, completion_text
 
 _NOT_STARTED = (126, 127)
 
 
+def prepare(
+    command: list[str],
+    file: str = "main.txt",
+    append: str = "",
+    reject: list[str] | None = None,
+    paths: list[str] | None = None,
+    limits: dict[str, Any] | None = None,
+    backend: str = "auto",
+) -> str:
+    """As `code_tests.prepare`; it also looks for the command."""
+    if os.path.basename(file) != file:
+        raise ValueError(f"option file: '{file}' is no plain file name")
+    _words(command, file)
+    _patterns(reject)
+    read_limits(limits)
+    return _sandbox(backend, paths).warning
+
+
 def command_check(
     prompts: list[str | Messages],
     completions: list[str | Messages],
+    command: list[str],
     prompt_texts: list[str] | None = None,
     log_extra: Callable[[str, list[Any]], None] | None = None,
-    command: list[str] | None = None,
     file: str = "main.txt",
     append: str = "",
     reject: list[str] | None = None,
@@ -36,20 +53,13 @@ def command_check(
     limits: dict[str, Any] | None = None,
     backend: str = "auto",
     **_: Any,
-) -> list[float | None]:
-    """Rewards 0.0 or 1.0, one for each completion.
+) -> list[float]:
+    """Rewards 0.0 or 1.0, one for each completion; the Score's detail says why the command did not accept it.
 
     `command`: its words; `file`: the name of the file, with the ending that the command wants; `paths`: folders beside the system's
     that it reads, such as `~/.elan`; `limits`: fields of `rewards.sandbox.limits.Limits`.
     """
-    if not command or not any("{file}" in word for word in command):
-        raise ValueError(f"option command: {command!r} has no word with {{file}} in it")
-    found = shutil.which(os.path.expanduser(command[0]))
-    if not found:
-        raise ValueError(f"option command: there is no '{command[0]}' on this machine")
-    words = [os.path.realpath(found), *(word.replace("{file}", file) for word in command[1:])]
-    bounds, patterns = Limits(**limits or {}), [re.compile(pattern) for pattern in reject or []]
-    sandbox = shared_sandbox(backend, [os.path.expanduser(path) for path in paths or []])
+    words, patterns, bounds, sandbox = _words(command, file), _patterns(reject), read_limits(limits), _sandbox(backend, paths)
 
     def judge(index: int) -> tuple[float, str]:
         text, opened = completion_text(completions[index]), prompt_texts[index] if prompt_texts else ""
@@ -64,11 +74,31 @@ def command_check(
         said = _refusal(ending, patterns, nonce if "{nonce}" in append else None)
         return float(not said), said
 
-    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as threads:
-        judged = list(threads.map(judge, range(len(completions))))
+    judged = judge_each(judge, len(completions))
     if log_extra:
-        log_extra("command_check/detail", [detail for _, detail in judged])
+        log_extra("detail", [said for _, said in judged])
     return [value for value, _ in judged]
+
+
+def _words(command: list[str], file: str) -> list[str]:
+    """The command as it is run: by its absolute path, with the name of the file."""
+    if not command or not any("{file}" in word for word in command[1:]):
+        raise ValueError(f"option command: {command!r} has no word with {{file}} in it")
+    found = shutil.which(os.path.expanduser(command[0]))
+    if not found:
+        raise ValueError(f"option command: there is no '{command[0]}' on this machine")
+    return [os.path.abspath(found), *(word.replace("{file}", file) for word in command[1:])]
+
+
+def _patterns(reject: list[str] | None) -> list[re.Pattern[str]]:
+    try:
+        return [re.compile(pattern) for pattern in reject or []]
+    except re.error as error:
+        raise ValueError(f"option reject: {error.pattern!r} is no regular expression: {error}") from None
+
+
+def _sandbox(backend: str, paths: list[str] | None) -> Sandbox:
+    return shared_sandbox(backend, [os.path.expanduser(path) for path in paths or []])
 
 
 def _refusal(ending: Ending, patterns: list[re.Pattern[str]], nonce: str | None) -> str:

@@ -13,7 +13,7 @@ from pydantic_core import InitErrorDetails
 
 from data.recipe import Place, Section, nearest
 from rewards.plugins import Plugin, find_plugin
-from rewards.registry import BUILTINS, LATER
+from rewards.registry import BUILTINS
 
 Bound = float | None
 
@@ -180,8 +180,6 @@ def _options(place: Place, part: PartConfig) -> Iterator[tuple[Place, Any, str]]
 
 
 def _unknown(name: str, known: set[str]) -> str:
-    if name in LATER:
-        return f"'{name}' is a name of the recipe format, but this version does not have it yet"
     # 'mth' is nearer to 'math' than to 'math_answer'.
     first_words = {full.partition("_")[0]: full for full in sorted(known, reverse=True)}
     near = difflib.get_close_matches(name, [*known, *first_words], n=1, cutoff=0.55)

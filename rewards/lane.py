@@ -99,6 +99,8 @@ class Lane:
         """Why its functions cannot be imported."""
         self.named: dict[str, list[str]] = {}
         """Arguments that each function names."""
+        self.said: list[str] = []
+        """What its functions have to tell the user before they begin."""
         self._queue: deque[Call] = deque()
         self._waiting: dict[str, deque[Call]] = {}
         """Calls of async functions, by function."""
@@ -244,6 +246,7 @@ class Lane:
     def _learn(self, reply: dict[str, Any]) -> None:
         """What a worker says of the functions that it has loaded."""
         self.named = dict(reply["named"])
+        self.said = [str(line) for line in reply["said"]]
         for function in reply["async"]:
             self._waiting.setdefault(function, deque())
 

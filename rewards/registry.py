@@ -21,7 +21,9 @@ class Builtin:
     alone: bool = False
     """It has worker processes of its own: it loads a model, waits for a server, or starts programs."""
     prepares: bool = False
-    """Its module's `prepare` is called with the options when a worker starts."""
+    """Its module's `prepare` is called with the options when a worker starts; it may return a line for the user."""
+    one_process: bool = False
+    """It has one worker process, as each would load its model."""
 
 
 JUDGE = (
@@ -32,8 +34,12 @@ REWARD_MODEL = (
     "model", "engine", "revision", "device", "dtype", "max_length", "batch_tokens", "gpu_memory_utilization",
 )  # fmt: skip
 
+COMMAND = ("command", "file", "append", "reject", "paths", "limits", "backend")
+
 BUILTINS = {
     "choice_letter": Builtin("rewards.choice_letter", ("letters",)),
+    "code_tests": Builtin("rewards.code_tests", ("reward", "limits", "total_s", "backend"), alone=True, prepares=True),
+    "command_check": Builtin("rewards.command_check", COMMAND, required=("command",), alone=True, prepares=True),
     "countdown": Builtin("rewards.countdown", ("use_all",)),
     "exact_text": Builtin("rewards.exact_text", ("ignore_case",)),
     "instruction_constraints": Builtin("rewards.instruction_constraints", ("all_or_nothing",)),
@@ -42,7 +48,7 @@ BUILTINS = {
     "language_consistency": Builtin("rewards.language_consistency", ("language", "answer_too")),
     "length": Builtin("rewards.length", ("kind", "max_tokens", "buffer", "right", "wrong", "judge")),
     "math_answer": Builtin("rewards.math_answer"),
-    "reward_model": Builtin("rewards.reward_model", REWARD_MODEL, required=("model",), alone=True, prepares=True),
+    "reward_model": Builtin("rewards.reward_model", REWARD_MODEL, required=("model",), alone=True, prepares=True, one_process=True),
     "regex": Builtin("rewards.pattern", ("pattern", "reasoning", "full", "limit_s"), required=("pattern",)),
     "repetition": Builtin("rewards.repetition", ("ngram", "penalty")),
     "self_consistency": Builtin("rewards.self_consistency", ("min_votes",)),
@@ -50,6 +56,3 @@ BUILTINS = {
     "tag_count": Builtin("rewards.tag_count", ("tags",)),
     "think_format": Builtin("rewards.think_format"),
 }
-
-LATER = ("code_tests", "command_check")
-"""Names whose work is written and not shown yet: the sandbox's weaker backend has let a bomb outlive its judge."""

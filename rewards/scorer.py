@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import selectors
+import sys
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
@@ -88,6 +89,8 @@ class Scorer:
             if lane.broken:
                 self.close()
                 raise InputError(f"rewards: {lane.broken}")
+            for line in lane.said:
+                print(line, file=sys.stderr, flush=True)
 
     def submit(self, key: Hashable, job: ScoreJob) -> None:
         """Asks for the Scores of a group; `poll` gives them with its key. ValueError if a column cannot be handed to a function."""
@@ -192,9 +195,9 @@ class Scorer:
                 ],
             }
             env = [variable for part in parts.values() for variable in part.env]
-            prepares = any(map(_prepares, functions.values()))  # one process, then, as each would load the model
-            timeout_s = PREPARE_TIMEOUT_S if prepares else LOAD_TIMEOUT_S
-            lane = Lane(source, load, env, 1 if prepares else limit, log_dir, self._selector, self._answered, timeout_s)
+            one = any(f.name in BUILTINS and BUILTINS[f.name].one_process for f in functions.values())
+            timeout_s = PREPARE_TIMEOUT_S if one else LOAD_TIMEOUT_S
+            lane = Lane(source, load, env, 1 if one else limit, log_dir, self._selector, self._answered, timeout_s)
             lanes |= dict.fromkeys(functions, lane)
         return lanes
 

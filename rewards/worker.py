@@ -168,14 +168,14 @@ def _raised(error: Exception) -> str:
 
 def _loaded(functions: list[dict[str, Any]]) -> tuple[Worker, dict[str, Any]]:
     """Imports the functions; the reply says what each names of its arguments, or which one cannot be used and why."""
-    found, named = {}, {}
+    found, named, said = {}, {}, []
     for wanted in functions:
         name = wanted["name"]
         try:
             found[name] = _import(wanted["source"], wanted["function"])
             parameters = inspect.signature(found[name]).parameters.values()
             if wanted["prepares"]:
-                _import(wanted["source"], "prepare")(**wanted["options"])
+                said.append(_import(wanted["source"], "prepare")(**wanted["options"]))
         except Exception as error:  # noqa: BLE001 - whatever its module raises is what the user must see
             return Worker({}, {}), {"failed": name, "error": _raised(error), "traceback": traceback.format_exc()}
         named[name] = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
@@ -187,7 +187,11 @@ def _loaded(functions: list[dict[str, Any]]) -> tuple[Worker, dict[str, Any]]:
         if unfit:
             return Worker({}, {}), {"failed": name, "error": unfit, "traceback": ""}
     waiting = [name for name, function in found.items() if inspect.iscoroutinefunction(function)]
-    return Worker(found, {wanted["name"]: wanted["options"] for wanted in functions}), {"named": named, "async": waiting}
+    return Worker(found, {wanted["name"]: wanted["options"] for wanted in functions}), {
+        "named": named,
+        "async": waiting,
+        "said": list(filter(None, said)),
+    }
 
 
 def _import(source: str, function: str) -> Any:

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import threading
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -57,6 +56,8 @@ class Sandbox:
         self._next = 0
         self.facts: dict[str, Any] = {}
         """What the server said of itself: `landlock`, its version; `uid`; `proc`, whether programs have one."""
+        self.warning = ""
+        """What its user must be told; empty where the best backend runs."""
         self.backend = self._start(backend)
 
     def script(self, source: str, stdin: str = "", limits: Limits = Limits()) -> Ending:  # noqa: B008 - it is frozen
@@ -116,7 +117,7 @@ class Sandbox:
             said = self._try(name) or self._probe()
             if not said:
                 if refused:
-                    warnings.warn(f"sandbox: the weaker backend '{name}' is used: {'; '.join(refused)}", stacklevel=3)
+                    self.warning = f"sandbox: the weaker backend '{name}' runs model-written programs: {'; '.join(refused)}"
                 return name
             self.close()
             refused.append(f"{name} was refused: {said}")
