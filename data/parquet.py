@@ -1,7 +1,8 @@
 """Parquet files: read row by row, written whole or not at all. The one home of pyarrow in this package."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.recipe import InputError
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+"""A chat, as trl and chat templates read it."""
+BATCH_ROWS = 5_000
+"""Rows in memory at a time, and in a row group."""
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -21,20 +27,47 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         raise InputError(f"{path}: not a parquet file that can be read ({' '.join(str(error).split())})") from None
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]], columns: Mapping[str, str]) -> None:
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
     """Writes aside, syncs and renames: a reader, or a crash, sees the old file or the whole new one. The folder must exist.
 
-    `columns` gives the type of each column by its name in Arrow (`int64`, `float64`, `string`).
+    `columns` gives the type of each column by its name in Arrow (`int64`, `float64`, `string`), or `messages` for a chat.
     """
-    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()])
+    _write(path, rows, pa.schema([(name, MESSAGES if kind == "messages" else pa.type_for_alias(kind)) for name, kind in columns.items()]))
+
+
+def write_any_rows(path: Path, read: Callable[[], Iterable[Mapping[str, Any]]]) -> None:
+    """The same for rows whose columns are not known before; `read` is called twice, as their types are found out first.
+
+    InputError if a column cannot have one type.
+    """
+    schema = pa.schema([])
+    try:
+        for batch in _batches(read()):
+            schema = pa.unify_schemas([schema, pa.schema(list(pa.array(batch).type))], promote_options="permissive")
+        # A column that is null in every row is text to readers that know no null type.
+        schema = pa.schema([field if field.type != pa.null() else field.with_type(pa.string()) for field in schema])
+        _write(path, read(), schema)
+    except (pa.ArrowException, UnicodeEncodeError) as error:
+        raise InputError(f"{path}: these rows are no table ({' '.join(str(error).split())}); write a .jsonl file instead") from None
+
+
+def _write(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
     aside = path.with_name(f".{path.name}.tmp")
     try:
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), aside, compression="zstd")
+        with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
+            for batch in _batches(rows):
+                writer.write_batch(pa.RecordBatch.from_struct_array(pa.array(batch, pa.struct(list(schema)))))
         _sync(aside)
         os.replace(aside, path)
         _sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _batches(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    rows = iter(rows)
+    while batch := list(islice(rows, BATCH_ROWS)):
+        yield batch
 
 
 def _sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Rows of a prompt source, each with the place that an error can name: a JSONL or parquet file, a hub data set, a task."""
+"""Rows of a prompt source, each with the place that an error can name: a file (JSONL, a JSON array, parquet), a hub data set, a task."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.json_array import is_json_array, json_array
 from data.prompt_config import PromptsConfig
 from data.recipe import InputError, nearest
 from data.tasks import task_rows
@@ -47,6 +48,8 @@ def read_rows(config: PromptsConfig) -> Iterator[Row]:
         from data.parquet import read_rows as parquet_rows  # loads pyarrow
 
         return _numbered(str(path), parquet_rows(path))
+    if is_json_array(path):
+        return _numbered(str(path), json_array(path))
     return _json_lines(path)
 
 

@@ -45,6 +45,15 @@ def read_recipe(path: str | Path, overrides: Sequence[str], model: type[RecipeT]
     return parse(root, model, str(path), origin)
 
 
+def from_overrides(overrides: Sequence[str], model: type[RecipeT]) -> RecipeT:
+    """The same of overrides alone, for a command that needs no file."""
+    root: dict[str, Any] = {}
+    origin: dict[Place, str] = {}
+    for override in overrides:
+        _apply(root, override, origin)
+    return parse(root, model, "command line", origin)
+
+
 def parse(values: Any, model: type[RecipeT], source: str, origin: dict[Place, str] | None = None) -> RecipeT:
     """Validates plain values against a model; `source` (or `origin`, by place) stands at the head of each mistake's line."""
     try:

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 
-from rewards.language_consistency import LANGUAGES, share_in
+from data.language import LANGUAGES, share_in
 
 _AT_LEAST, _LESS = "at least", "less than"
 
