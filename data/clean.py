@@ -66,7 +66,8 @@ def clean_command(given: argparse.Namespace) -> None:
         cleaning = Cleaning(config, source, beside, columns)
         write_rejected(rejected_path, cleaning.rejections())
         write_lines(hits_path, (json.dumps(dataclasses.asdict(hit), ensure_ascii=False) for hit in cleaning.hits))
-        write_file(given.out, lambda: (row.values for row in cleaning.kept()))
+        like = Path(inputs[0]) if len(inputs) == 1 and config.fim is None else None
+        write_file(given.out, lambda: (row.values for row in cleaning.kept()), like)
     report = clean_report(cleaning, inputs)
     write_lines(report_path, [json.dumps(report, indent=2, ensure_ascii=False)])
     for name, rows in report["counts"].items():

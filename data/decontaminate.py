@@ -7,7 +7,7 @@ a prompt, or as sentences of a text. Every hit is reported with what matched, an
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +49,7 @@ class _Item:
 class Decontaminator:
     """The n-grams of all evaluation prompts; memory grows with those alone."""
 
-    def __init__(self, config: AgainstConfig, columns: dict[str, Sequence[str]] | None = None):
+    def __init__(self, config: AgainstConfig, columns: Mapping[str, Sequence[str]] = COLUMNS):
         self._config = config
         self._items: list[_Item] = []
         self._long: dict[tuple[str, ...], list[int]] = defaultdict(list)
@@ -57,7 +57,7 @@ class Decontaminator:
         places, phrases = _allow_list(config.allow)
         common = {gram for phrase in phrases for gram in grams(words(phrase), config.ngram)}
         for row in read_files(config.paths):
-            text = row_text(row, columns or COLUMNS)
+            text = row_text(row, columns)
             if text.prompt_words and tuple(text.prompt_words) not in {tuple(words(phrase)) for phrase in phrases}:
                 self._add(row.place, text, common, any(row.place == place or row.place.endswith(f"/{place}") for place in places))
         if not self._items:

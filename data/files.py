@@ -30,13 +30,14 @@ def check_output(option: str, path: Path, inputs: Sequence[str | Path]) -> None:
             raise InputError(f"{option}: '{path}' is an input, and inputs are never written to; choose another file")
 
 
-def write_file(path: Path, read: Callable[[], Iterable[Mapping[str, Any]]]) -> None:
-    """Rows as JSONL or parquet, by the ending; aside, then renamed. `read` gives the same rows each time it is called."""
+def write_file(path: Path, read: Callable[[], Iterable[Mapping[str, Any]]], like: Path | None = None) -> None:
+    """Rows as JSONL or parquet, by the ending; aside, then renamed. `read` gives the same rows each time it is called, and `like`
+    is the file that they come from, if it is one and they have its columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         from data.parquet import write_any_rows  # loads pyarrow
 
-        write_any_rows(path, read)
+        write_any_rows(path, read, like if like is not None and like.suffix == ".parquet" else None)
     else:
         write_lines(path, (json.dumps(row, ensure_ascii=False, default=str) for row in read()))
 

@@ -1,6 +1,6 @@
 """Near duplicates: MinHash proposes pairs, and the exact Jaccard similarity of their shingles decides (arXiv:2107.06499, section 4).
 
-A shingle is a pair of neighbouring words. Similar words alone do not make a duplicate: problems that are written from one template
+A shingle is a pair of neighbouring words, counted. Similar words alone do not make a duplicate: problems that are written from one template
 are as alike as copies with a few words changed. So two rows are one only if
 
 - their shingles are similar, and so are those that are no boilerplate (a shingle of more than sqrt(rows) rows is boilerplate);
@@ -82,7 +82,7 @@ class NearDuplicates:
     def add(self, prompt: Sequence[str], completion: Sequence[str] | None, answer: str | None) -> None:
         """A row by the words of its prompt and of its completion, if any, and its gold answer; its index is the number of rows before."""
         for found in (prompt, completion or ()):
-            self._waiting.append([f"{a} {b}" for a, b in zip(found, found[1:], strict=False)] or list(found[:1]))
+            self._waiting.append(_shingles(found))
         self._waiting_numbers.append(_numbers([*prompt, *(completion or ())]))
         self._has_completion.append(completion is not None)
         self._answers.append(_digest(answer) if answer is not None else 0)
@@ -251,6 +251,19 @@ _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD
 def _digest(text: str) -> int:
     """A 64-bit hash, never 0."""
     return int.from_bytes(hashlib.blake2b(text.lower().encode(errors="surrogatepass"), digest_size=8).digest(), "big") or 1
+
+
+def _shingles(found: Sequence[str]) -> list[str]:
+    """Pairs of neighbouring words, the n-th of the same kind as a kind of its own: f(f(x)) is not f(f(f(x)))."""
+    pairs = [f"{a} {b}" for a, b in zip(found, found[1:], strict=False)] or list(found[:1])
+    if len(set(pairs)) == len(pairs):
+        return pairs
+    seen: dict[str, int] = {}
+    for index, pair in enumerate(pairs):
+        count = seen[pair] = seen.get(pair, 0) + 1
+        if count > 1:
+            pairs[index] = f"{pair} {count}"
+    return pairs
 
 
 def _numbers(found: Sequence[str]) -> np.ndarray:

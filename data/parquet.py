@@ -35,11 +35,14 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], columns: Mapping[s
     _write(path, rows, pa.schema([(name, MESSAGES if kind == "messages" else pa.type_for_alias(kind)) for name, kind in columns.items()]))
 
 
-def write_any_rows(path: Path, read: Callable[[], Iterable[Mapping[str, Any]]]) -> None:
+def write_any_rows(path: Path, read: Callable[[], Iterable[Mapping[str, Any]]], like: Path | None = None) -> None:
     """The same for rows whose columns are not known before; `read` is called twice, as their types are found out first.
 
-    InputError if a column cannot have one type.
+    `like`: a parquet file whose columns they have. InputError if a column cannot have one type.
     """
+    if like is not None:
+        _write(path, read(), pq.read_schema(like))
+        return
     schema = pa.schema([])
     try:
         for batch in _batches(read()):

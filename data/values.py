@@ -100,11 +100,44 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Provenance:
+    """Where a row of SFT data comes from: enough to sample it again, and to find every row that rests on a reward or an expert."""
+
+    prompt_id: str
+    group_id: str
+    index: int
+    """The completion's place in its group."""
+    expert: str
+    """Name of the expert that wrote it."""
+    expert_hash: str
+    """Of the expert's weights."""
+    seed: int
+    """The completion's own."""
+    sampling: Mapping[str, Any]
+    """Settings of the engine: temperature, max_tokens, the system prompt it was sampled with, …"""
+    rewards: Mapping[str, str]
+    """Reward function -> its version."""
+    parts: Mapping[str, float | None]
+    """Reward function -> what it said, as in Score."""
+    reward: float | None
+    pass_rate: float | None
+    """Share of its group's completions that were right, of those that could be judged."""
+    filters: tuple[str, ...]
+    """What it passed in cleaning, in order."""
+    recipe_hash: str
+    tokens: int
+    """Tokens of the completion."""
+    source: str = ""
+    """The prompt file or task."""
+    finish_reason: str = "stop"
+
+
+@dataclass(frozen=True)
 class Record:
     """One row of SFT data and where it came from."""
 
     messages: Messages
-    provenance: Mapping[str, Any]
+    provenance: Provenance
 
 
 def group_id(run: str, prompt_id: str, attempt: int) -> str:
