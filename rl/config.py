@@ -35,6 +35,20 @@ class LoraConfig(Section):
     """Further parameters by the ends of their names, such as `mlp.experts.down_proj`."""
 
 
+class Fp8Config(Section):
+    """Of `precision: fp8`; none of it has to be in a recipe."""
+
+    backend: Literal["reference", "torch", "triton"] = "reference"
+    """Who computes the products. reference: runs anywhere, and is what the others are held against; torch: `scaled_mm` on Hopper; triton:
+    kernels of our own. None but the reference has run on a GPU yet. One that cannot run here is an error."""
+    keep: list[str] = ["lm_head", "gate"]
+    """Modules that stay in high precision, by the ends of their names; embedding, norms and routers always do."""
+    rest: Literal["bf16", "fp32"] = "bf16"
+    """Type of what is not FP8: activations between products, embedding, output head, norms."""
+    quantize_activations: bool = True
+    """Off: weights alone are in FP8, as a vLLM engine on a CPU computes (W8A16)."""
+
+
 class PolicyConfig(Section):
     path: str | None = None
     """Folder or hub id with safetensors, config and tokenizer."""
@@ -43,17 +57,13 @@ class PolicyConfig(Section):
     config: str | None = None
     """A model config in JSON, for the sizes of a dry run where the weights are not at hand."""
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
-    """Of forward and backward; the optimizer's masters are FP32 in any case."""
+    """Of forward and backward; fp8: as DeepSeek-V3 trains (`rl/fp8`), with what is left in `fp8.rest`."""
+    fp8: Fp8Config = Fp8Config()
+    """What `precision: fp8` means."""
     lora: LoraConfig | None = None
     """Train low-rank adapters and leave the weights as they are; null trains all weights."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward: less memory, about a third more time."""
-
-    @field_validator("precision")
-    @classmethod
-    def _precision(cls, value: str) -> str:
-        not_there_yet(value, ["fp8"])
-        return value
 
     @model_validator(mode="after")
     def _some_source(self) -> "PolicyConfig":
@@ -161,6 +171,8 @@ class OptimizerConfig(Section):
     eps: float = Field(1e-8, gt=0.0)
     weight_decay: float = Field(0.0, ge=0.0)
     """Decoupled, on matrices alone (AdamW)."""
+    masters: Literal["fp32", "bf16"] = "fp32"
+    """Type of the weights that the optimizer moves; bf16 rounds each update up or down at random, so that small ones add up."""
     moments: Literal["fp32", "bf16"] = "fp32"
     """Type of both moments; DeepSeek-V3 keeps BF16 (arXiv:2412.19437, section 3.3.3), with betas 0.9 and 0.95."""
 

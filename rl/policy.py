@@ -12,24 +12,39 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from data.recipe import InputError
 from rl import attention
-from rl.lora import adapter_layers, base_name, merge
+from rl.fp8.files import Fp8Files, is_block_fp8
+from rl.fp8.layout import SCALE, coded, complete_config
+from rl.fp8.quantize import BLOCK
+from rl.fp8.weights import Codes
+from rl.lora import adapter_layers, base_name, has_adapter, merge
 
 logging.disable_progress_bar()  # the display is ours
 # The table of what is wrong with weights: `load_model` says it in a line. (A level would make it warn of tensor parallelism.)
 logging.get_logger("transformers.modeling_utils").addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+"""Of activations, by precision."""
 SHARD_BYTES = 4 << 30
 END_BYTES = 1 << 20
 
@@ -59,16 +74,18 @@ def policy_fingerprint(folder: Path) -> str:
 
 
 def load_model(path: str | Path, dtype: torch.dtype, *, attention_name: str = attention.NAME) -> PreTrainedModel:
-    """A causal LM from a folder, safetensors only, in eval mode (RL trains without dropout).
+    """A causal LM from a folder, safetensors only, in eval mode (RL trains without dropout). Block-FP8 weights are dequantised.
 
     Raises InputError with the library's reason if it cannot be loaded, or if a tensor is missing or has another shape: transformers
     would fill it with random numbers.
     """
     # transformers' own choice is the grouped product; it takes no float64, in which only tests compute.
     experts = {"experts_implementation": "eager"} if dtype is torch.float64 else {}
+    in_codes = is_block_fp8(Path(path))
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            str(path),
+        kind, source = _coded_source(Path(path)) if in_codes else (AutoModelForCausalLM, {"pretrained_model_name_or_path": str(path)})
+        model, found = kind.from_pretrained(
+            **source,
             dtype=dtype,
             use_safetensors=True,
             attn_implementation=attention_name,
@@ -82,7 +99,24 @@ def load_model(path: str | Path, dtype: torch.dtype, *, attention_name: str = at
     except (OSError, ValueError) as error:
         raise InputError(f"policy.path: cannot load '{path}': {' '.join(str(error).split())}") from None
     _check_weights(path, sorted(found["missing_keys"]), sorted(found["mismatched_keys"]))
+    if in_codes and (Path(path) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval()
+
+
+def _coded_source(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The class of a block-FP8 policy, and what its `from_pretrained` takes to load it as if it were saved in high precision."""
+    config = plain_config(path)
+    given = {"pretrained_model_name_or_path": None, "config": config, "state_dict": Fp8Files(path).state_dict()}
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], given
+
+
+def plain_config(path: Path) -> PretrainedConfig:
+    """The config of a policy without what it says of quantised weights, by which transformers would load them itself."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    return config
 
 
 def _check_weights(path: str | Path, missing: list[str], mismatched: list[tuple[str, object, object]]) -> None:
@@ -153,29 +187,56 @@ def expert_views(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.T
 def checkpoint_views(model: torch.nn.Module, cast: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of a checkpoint as a view into the model; sharded parameters are gathered, one at a time, which is collective.
 
-    `cast` gives parameters in another type, as new tensors; buffers keep theirs.
+    An FP8 policy's weights are their codes and scales. `cast` gives other parameters in another type, as new tensors; buffers keep theirs.
     """
+    codes = exported_codes(model)
     for name, tensor in persistent_tensors(model):
         whole = tensor.detach()
         if isinstance(whole, DTensor):
             whole = whole.full_tensor()
+        if name in codes:
+            held = codes[name].of(whole)
+            for (inner, code), (_, scales) in zip(expert_views(name, held.codes), expert_views(name, held.scales), strict=True):
+                yield inner, code
+                yield inner + SCALE, scales
+            continue
         if cast is not None and isinstance(tensor, torch.nn.Parameter):
             whole = whole.to(cast)
         yield from expert_views(name, whole)
 
 
+def exported_codes(model: torch.nn.Module) -> dict[str, Codes]:
+    """Masters that leave the model as codes; none where an adapter is merged into their values."""
+    return {} if has_adapter(model) else coded(model)
+
+
 def checkpoint_specs(model: torch.nn.Module, cast: torch.dtype | None = None) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Name, dtype and shape of every tensor of a checkpoint; gathers nothing."""
+    codes = exported_codes(model)
     for name, tensor in persistent_tensors(model):
+        if name in codes:
+            for inner, view in expert_views(name, torch.empty(codes[name].shape_of(tensor), device="meta")):
+                blocks = tuple(-(-size // BLOCK) for size in view.shape)
+                yield inner, "float8_e4m3fn", tuple(view.shape)
+                yield inner + SCALE, "float32", blocks
+            continue
         kind = cast if cast is not None and isinstance(tensor, torch.nn.Parameter) else tensor.dtype
         for inner, view in expert_views(name, torch.empty(tensor.shape, dtype=kind, device="meta")):
             yield inner, str(view.dtype).removeprefix("torch."), tuple(view.shape)
 
 
 def save_policy(
-    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    folder: Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    codes: bool = True,
 ) -> None:
-    """Writes a folder that transformers and vLLM load: safetensors in shards, config, generation config, tokenizer."""
+    """Writes a folder that transformers and vLLM load: safetensors in shards, config, generation config, tokenizer.
+
+    codes: whether an FP8 model's weights are among `tensors` as codes; with an adapter they are values in any case.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, torch.Tensor]] = [{}]
     index: dict[str, int] = {}
@@ -193,6 +254,7 @@ def save_policy(
     _write_shard(folder, len(shards) - 1, shards[-1])
     _name_shards(folder, len(shards), index, total)
     model.config.save_pretrained(folder)
+    complete_config(folder, model, codes=codes and not has_adapter(model))
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

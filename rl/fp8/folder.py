@@ -1,0 +1,64 @@
+"""Policy folders from and to FP8, tensor by tensor: no model is built, and one weight at a time is in memory.
+
+An engine starts from a folder in the layout of what it will be sent: codes for an FP8 policy, BF16 where an adapter is trained, whose
+merged weights are no codes any more. Either holds the values that the learner starts from.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from rl.config import Fp8Config
+from rl.fp8.convert import REST, convert
+from rl.fp8.files import Fp8Files
+from rl.fp8.layout import SCALE, coded
+from rl.fp8.quantize import SQUARE, quantize
+from rl.policy import expert_views, load_tokenizer, plain_config, save_policy
+
+
+def engine_folder(source: Path, target: Path, config: Fp8Config, *, merged: bool = False) -> Path:
+    """Writes the policy of `source` as an engine of an FP8 run loads it, and returns the folder.
+
+    `merged`: in the type of `config.rest`, with the values of the codes. Codes that `source` holds are taken as they are.
+    """
+    model = _empty_model(source)
+    convert(model, config, torch.device("cpu"))
+    weights = {inner for name in coded(model) for inner, _ in expert_views(name, model.get_parameter(name))}
+    aside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    save_policy(aside, _tensors(source, model, weights, config, merged), model, load_tokenizer(source), codes=not merged)
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+    return target
+
+
+def _empty_model(source: Path) -> PreTrainedModel:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(plain_config(source), trust_remote_code=False)
+    if (source / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    return model
+
+
+def _tensors(
+    source: Path, model: PreTrainedModel, weights: set[str], config: Fp8Config, merged: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    files, rest = Fp8Files(source), REST[config.rest]
+    buffers = {name for name, _ in model.named_buffers()}
+    known = weights | {inner for name, p in model.state_dict().items() for inner, _ in expert_views(name, p)}
+    for name in files.names():
+        if name not in known:
+            continue  # transformers ignores it too, as DeepSeek-V3's layer for predicting a second token
+        if name not in weights:
+            tensor = files.tensor(name)
+            yield name, tensor if name in buffers else tensor.to(rest)
+            continue
+        codes = files.codes(name) or quantize(files.tensor(name), SQUARE)
+        if merged:
+            yield name, codes.dequantize(rest)
+        else:
+            yield name, codes.codes
+            yield name + SCALE, codes.scales
