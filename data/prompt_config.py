@@ -23,6 +23,8 @@ class PromptsConfig(Section):
     """Our name -> the file's, as in `{prompt: question}`; columns not named here keep their names."""
     system: str | None = None
     """Makes a text prompt a chat of a system and a user message; a chat that brings a system message of its own keeps that one."""
+    chat: bool = False
+    """Makes a text prompt a chat of one user message, for the chat template of the policy, also without `system`."""
     skip_bad: bool = False
     """Leaves out and counts bad rows instead of stopping at the first one."""
     limit: int | None = Field(None, ge=1)

@@ -134,7 +134,7 @@ def _draft(row: Row, config: PromptsConfig) -> _Draft:
         raise row.values
     columns = _renamed(row.values, config.columns, row.place)
     prompt = _checked_prompt(columns.pop("prompt", None), row)
-    return _Draft(row.place, _row_id(columns, row, config), _with_system(prompt, config.system), columns)
+    return _Draft(row.place, _row_id(columns, row, config), _as_asked(prompt, config), columns)
 
 
 def _renamed(values: dict[str, Any], columns: dict[str, str], place: str) -> dict[str, Any]:
@@ -184,11 +184,14 @@ def _row_id(columns: dict[str, Any], row: Row, config: PromptsConfig) -> str:
     return str(value)
 
 
-def _with_system(prompt: str | Messages, system: str | None) -> str | Messages:
-    if system is None:
+def _as_asked(prompt: str | Messages, config: PromptsConfig) -> str | Messages:
+    """Text stays text unless `chat` or a system message makes it a chat."""
+    if config.system is None and not config.chat:
         return prompt
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return messages if messages[0]["role"] == "system" else [{"role": "system", "content": system}, *messages]
+    if config.system is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": config.system}, *messages]
 
 
 # --- A draft becomes a Prompt -----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from sft.config import SftPolicyConfig, SftRecipe
 from sft.init import build_tokenizer, init_config
+from sft.tokens import tokenise
 
 BYTES_PER_PARAMETER = 16
 """FP32 weight, gradient and two AdamW moments."""
@@ -18,7 +19,7 @@ def describe(recipe: SftRecipe, rows: list[dict[str, Any]]) -> str:
     """A few lines about policy, rows and memory."""
     tokenizer = _tokenizer(recipe.policy)
     some = rows[:MEASURED_ROWS]
-    lengths = [_tokens(tokenizer, row) for row in some]
+    lengths = [len(row["input_ids"]) for row in tokenise(some, tokenizer, None, "refuse").rows]
     parameters = _parameters(recipe.policy)
     needed, available = parameters * BYTES_PER_PARAMETER, _memory()
     fits = "fits" if needed < available else "does not fit on one rank: shard it with an FSDP2 config"
@@ -30,12 +31,6 @@ def describe(recipe: SftRecipe, rows: list[dict[str, Any]]) -> str:
         f"memory: {needed / 2**30:.2f} GiB for weights, gradients and optimizer, besides activations; "
         f"{available / 2**30:.1f} GiB available: {fits}"
     )
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> int:
-    if isinstance(row["prompt"], str):
-        return len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) + 1
-    return len(tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=True, return_dict=True)["input_ids"])
 
 
 def _tokenizer(policy: SftPolicyConfig) -> PreTrainedTokenizerBase:

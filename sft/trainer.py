@@ -1,16 +1,20 @@
-"""The home of trl in this package: rows and a policy in, a trained model folder out.
+"""The home of trl in this package: token rows and a policy in, a trained model folder out.
 
-trl's SFTTrainer does the training: loss on the completion alone, the mean over all its tokens. What stands here is what trl
-leaves open. Every setting that its defaults would choose by machine is spelled out (precision, auxiliary loss, checkpointing).
-The model folder is written at the end from the weights in memory, aside and then renamed: a `final` that exists is whole. There
-is no resume through transformers.Trainer, whose loader drops trained experts (transformers issue 48805); a cold start takes
-minutes, so a run that was stopped begins again.
+trl's SFTTrainer does the training: loss on what an assistant wrote, the mean over all its tokens. What stands here is what trl leaves
+open. Every setting that its defaults would choose by machine is spelled out (precision, auxiliary loss, checkpointing). With
+`packing` several rows share a sequence; their positions begin anew, from which transformers builds a mask that lets no row see
+another, so a row's loss is the same packed and alone. The model folder is written at the end from the weights in memory, aside and
+then renamed: a `final` that exists is whole.
 """
 
+import hashlib
 import json
 import os
+import shutil
+import signal
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import datasets
@@ -23,13 +27,17 @@ from transformers import (
     TrainerCallback,
 )
 from trl import SFTConfig as TrlConfig
-from trl import SFTTrainer
 
 from data.recipe import InputError
-from rl.policy import load_model, load_tokenizer, policy_folder
+from rl.lora import add_adapter
+from rl.metrics_file import MetricsFile
+from rl.policy import checkpoint_views, load_model, load_tokenizer, policy_folder, save_policy
+from rl.run import Interrupted
+from sft.checkpoint import ResumableTrainer, newest, remove_checkpoints
 from sft.config import SftRecipe
 from sft.init import init_policy
 from sft.ranks import ranks
+from sft.tokens import TokenRows, tokenise
 
 REPORTS = 10
 """Lines of progress that a run prints."""
@@ -41,34 +49,47 @@ datasets.disable_progress_bars()
 transformers.utils.logging.disable_progress_bar()
 
 
-def train(recipe: SftRecipe, policy: Policy, rows: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """Trains on rows {prompt, completion}, writes `<folder>/metrics.jsonl` and `<folder>/final`, returns the last metrics.
+def train(recipe: SftRecipe, policy: Policy, rows: TokenRows, folder: Path) -> dict[str, Any]:
+    """Trains, writes `<folder>/metrics.jsonl` and `<folder>/final`, returns the last metrics; goes on from a checkpoint in the folder.
 
-    Collective: every rank calls it, rank 0 writes.
+    Collective: every rank calls it, rank 0 writes. Raises Interrupted after SIGTERM, with a checkpoint left.
     """
     started = time.monotonic()
     torch.set_num_threads(recipe.sft.threads or min(os.cpu_count() or 1, 16))
     model, tokenizer = policy
-    arguments = _trl_arguments(recipe, folder)
     routing = {name: getattr(model.config, name, None) for name in ("output_router_logits", "router_aux_loss_coef")}
-    if routing["router_aux_loss_coef"] is not None:
-        arguments.router_aux_loss_coef = recipe.sft.router_aux_loss_coef
-    log = _Log(folder, recipe.sft.steps)
-    trainer = SFTTrainer(
-        model=model, args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, callbacks=[log]
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    trainer = make_trainer(recipe, policy, rows, folder)
+    log, asked = _Log(folder), _AskedToEnd(trainer)
+    trainer.add_callback(log)
+    checkpoint = newest(folder / "checkpoints", trainer.data_fingerprint, ranks())
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    asked.restore()
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(f"asked to end after step {trainer.state.global_step}; start again with the same command to go on")
     # trl wrote its auxiliary loss into the model's config; how a policy was trained is not what it is.
     for name, value in routing.items():
         if value is not None:
             setattr(model.config, name, value)
-    save(trainer, model, tokenizer, folder / "final")
-    return {**log.last, "seconds": round(time.monotonic() - started, 1)}
+    save(trainer, model, tokenizer, folder / "final", adapted=recipe.policy.lora is not None)
+    result = {**log.last, "steps": trainer.state.max_steps, "rows": len(rows.rows), "rows_skipped": rows.skipped}
+    return {**result, "seconds": round(time.monotonic() - started, 1)}
+
+
+def make_trainer(recipe: SftRecipe, policy: Policy, rows: TokenRows, folder: Path) -> ResumableTrainer:
+    """trl's trainer as the recipe says; its checkpoints go to `<folder>/checkpoints`."""
+    model, tokenizer = policy
+    arguments = _trl_arguments(recipe, folder, rows)
+    if getattr(model.config, "router_aux_loss_coef", None) is not None:
+        arguments.router_aux_loss_coef = recipe.sft.router_aux_loss_coef
+    data = datasets.Dataset.from_list(rows.rows)
+    trainer = ResumableTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.data_fingerprint = _fingerprint(rows)
+    return trainer
 
 
 def load_policy(recipe: SftRecipe) -> Policy:
-    """The recipe's policy with fp32 master weights, and its tokenizer.
+    """The recipe's policy with fp32 master weights, its adapter if it has one, and its tokenizer.
 
     Raises InputError if `init` is no architecture, if `path` cannot be loaded, or if a dense policy should balance experts.
     """
@@ -87,55 +108,119 @@ def load_policy(recipe: SftRecipe) -> Policy:
     if coefficient and not hasattr(model.config, "router_aux_loss_coef"):
         kind = type(model).__name__
         raise InputError(f"sft.router_aux_loss_coef: {coefficient:g}, but {kind} has no experts to balance; leave it out")
+    if policy.lora is not None:
+        add_adapter(model, policy.lora, recipe.run.seed)
     return model, tokenizer
 
 
-def save(trainer: SFTTrainer, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Writes the trained weights, sharded or not, as a folder that transformers and vLLM load; collective."""
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+def token_rows(recipe: SftRecipe, policy: Policy, rows: list[dict[str, Any]]) -> TokenRows:
+    """The rows as tokens, none longer than the policy's context; InputError where one is that may not be skipped."""
+    model, tokenizer = policy
+    if not isinstance(rows[0].get("prompt"), str) and tokenizer.chat_template is None:
+        raise InputError("data: the rows are chats, and the policy's tokenizer has no chat template; give rows of text, or add one")
+    context = getattr(model.config, "max_position_embeddings", None)
+    limit = recipe.sft.max_length or context
+    if context is not None and limit > context:
+        raise InputError(f"sft.max_length: {limit} is more than the policy's context of {context} tokens")
+    if recipe.sft.packing and limit is None:
+        raise InputError("sft.max_length: missing, and packing needs to know how long a sequence is")
+    return tokenise(rows, tokenizer, limit, recipe.sft.too_long)
+
+
+def save(trainer: ResumableTrainer, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, adapted: bool) -> None:
+    """Writes the trained weights, sharded or not, adapters merged, as a folder that transformers and vLLM load; collective."""
+    aside = path.with_name(f"{path.name}.partial")
+    weights = None if adapted else trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.accelerator.is_main_process:
-        aside = path.with_name(f"{path.name}.partial")
-        model.save_pretrained(aside, state_dict=weights)
-        tokenizer.save_pretrained(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+        if adapted:
+            save_policy(aside, checkpoint_views(model), model, tokenizer)
+        else:
+            model.save_pretrained(aside, state_dict=weights)
+            tokenizer.save_pretrained(aside)
         aside.rename(path)
+        remove_checkpoints(path.with_name("checkpoints"))
     trainer.accelerator.wait_for_everyone()
 
 
-def _trl_arguments(recipe: SftRecipe, folder: Path) -> TrlConfig:
+def _trl_arguments(recipe: SftRecipe, folder: Path, rows: TokenRows) -> TrlConfig:
     sft = recipe.sft
     on_cpu = not torch.cuda.is_available()
+    falls_to = sft.schedule == "cosine" and sft.min_lr > 0
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     return TrlConfig(
-        output_dir=str(folder),
+        output_dir=str(folder / "checkpoints"),
         seed=recipe.run.seed,
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
         bf16=recipe.policy.precision == "bf16",
         gradient_checkpointing=False,
-        max_steps=sft.steps,
+        max_steps=sft.steps or -1,
+        num_train_epochs=sft.epochs,
         per_device_train_batch_size=sft.batch_size // ranks(),
         learning_rate=sft.lr,
-        lr_scheduler_type=sft.schedule,
+        lr_scheduler_type="cosine_with_min_lr" if falls_to else sft.schedule,
+        lr_scheduler_kwargs={"min_lr": sft.min_lr} if falls_to else None,
         warmup_steps=sft.warmup_steps,
         optim="adamw_torch",
         weight_decay=0.0,
         max_grad_norm=sft.max_grad_norm,
-        max_length=sft.max_length,
+        max_length=(sft.max_length or rows.longest) if sft.packing else None,
+        packing=sft.packing,
+        packing_strategy="bfd",
         completion_only_loss=True,
-        save_strategy="no",
+        save_strategy="steps" if recipe.checkpoint.every and not sharded else "no",
+        save_steps=recipe.checkpoint.every or 1,
+        save_total_limit=recipe.checkpoint.keep,
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
     )
 
 
+def _fingerprint(rows: TokenRows) -> str:
+    digest = hashlib.sha256()
+    for row in rows.rows:
+        digest.update(json.dumps([row["input_ids"], row["labels"]]).encode())
+    return digest.hexdigest()
+
+
+class _AskedToEnd(TrainerCallback):
+    """SIGTERM ends training after the step it is in, with a checkpoint; every rank hears of it."""
+
+    def __init__(self, trainer: ResumableTrainer) -> None:
+        self.accelerator = trainer.accelerator
+        self.sharded = trainer.is_fsdp_enabled
+        self.asked = False
+        self.before = signal.signal(signal.SIGTERM, self._ask)
+        trainer.add_callback(self)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+    def restore(self) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        flag = torch.tensor(float(self.asked), device=self.accelerator.device)
+        if self.accelerator.reduce(flag, "sum").item():
+            control.should_save = not self.sharded
+            control.should_training_stop = True
+
+
 class _Log(TrainerCallback):
     """One object a step in metrics.jsonl, and a few lines of progress."""
 
-    def __init__(self, folder: Path, steps: int) -> None:
-        self.path = folder / "metrics.jsonl"
-        self.every = max(1, steps // REPORTS)
+    def __init__(self, folder: Path) -> None:
+        self.file = MetricsFile(folder, (), "", {})
         self.last: dict[str, Any] = {}
         self.step_began = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.file.cut(state.global_step)
+            if state.global_step:
+                print(f"going on after step {state.global_step}", flush=True)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.step_began = time.monotonic()
@@ -144,9 +229,8 @@ class _Log(TrainerCallback):
         if not state.is_world_process_zero or "loss" not in logs:
             return
         self.last = {"step": state.global_step, **logs, "time/step_s": time.monotonic() - self.step_began}
-        with self.path.open("a") as file:
-            file.write(json.dumps(self.last) + "\n")
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+        self.file.write(self.last)
+        if state.global_step % max(1, state.max_steps // REPORTS) == 0 or state.global_step == state.max_steps:
             print(
                 f"step {state.global_step:>5}/{state.max_steps}  loss {logs['loss']:.3f}  "
                 f"right tokens {logs['mean_token_accuracy']:.1%}  {self.last['time/step_s']:.2f} s a step",

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data.arithmetic import demonstrations
 from data.recipe import InputError, parse
 from sft.config import SftRecipe
-from sft.trainer import load_policy, train
+from sft.trainer import load_policy, token_rows, train
 
 INIT = {
     "model_type": "qwen3_moe",
@@ -44,8 +44,9 @@ def recipe(precision="fp32", **sft) -> SftRecipe:
 def run(folder, rows=ROWS, **sft):
     """Trains a tiny policy; returns it as it is in memory, with the rows of metrics.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = load_policy(recipe(**sft))
-    train(recipe(**sft), (model, tokenizer), rows, folder)
+    made = recipe(**sft)
+    model, tokenizer = load_policy(made)
+    train(made, (model, tokenizer), token_rows(made, (model, tokenizer), rows), folder)
     return model.eval(), [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
