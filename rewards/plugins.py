@@ -40,13 +40,13 @@ def find_plugin(text: str) -> Plugin:
             raise ValueError(f"no entry point '{text}' in the group {ENTRY_POINTS}{nearest(text, list(found))} ({way_out})")
         source, _, function = found[text].value.partition(":")
         plugin = Plugin(text, source, function)
-    names = _names_bound(_find_source(plugin.source))
+    names = _names_bound(find_source(plugin.source))
     if plugin.function not in names and "*" not in names:
         raise ValueError(f"{plugin.source} has no function '{plugin.function}'{nearest(plugin.function, names)}")
     return plugin
 
 
-def _find_source(source: str) -> Path:
+def find_source(source: str) -> Path:
     """The file of a plugin's module; parent packages are found, not imported."""
     if source.endswith(".py"):
         if not Path(source).is_file():

@@ -176,7 +176,7 @@ def _shown(value: Any) -> str:
 
 def _made_by(path: str) -> str:
     """The command that makes a policy folder: that of the recipe here whose run ends in it."""
-    for file in sorted(Path("recipes").glob("*.yaml")):
+    for file in sorted(Path("recipes").rglob("*.yaml")):
         try:
             values = yaml.safe_load(file.read_text(encoding="utf-8"))
         except yaml.YAMLError:  # not what was asked about

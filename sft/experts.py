@@ -1,0 +1,187 @@
+"""An expert at work: its prompts, and the groups that are wanted of it, whoever gives their completions.
+
+Three sources, one form (Job). The expert's engine samples what nobody has; a training run may have sampled it already
+(`sampled`: the text from its `completions/`, the tokens from its journal where that still holds them); or the problem came with a
+response (`original`). What is given and not sampled has tokens that the policy did not write: their mask is 0, so that the account
+of sampled tokens stays true.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from data.clean_config import CleanConfig
+from data.cleaning import Cleaning, Rejection
+from data.journal import Journal, Slot
+from data.parquet import read_rows
+from data.recipe import InputError, read_recipe, resolved_yaml
+from data.rows import SourceRow
+from data.values import Completion, Prompt, Score, completion_seed, group_id
+from rl.config import TrainRecipe
+from rl.inputs import read_prompt_sets
+from rl.policy import load_tokenizer, policy_folder
+from sft.curate_config import CurateRecipe, ExpertConfig
+from sft.provenance import weight_hash
+
+ORIGINAL = "/original"
+"""Ends the name under which an expert's original responses stand in journal and records."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A group that is wanted."""
+
+    slot: Slot
+    prompt: Prompt
+    size: int
+    given: Sequence[Completion] | None = None
+    """Its completions, if they are not to be sampled."""
+    scores: Sequence[Score] | None = None
+    """Their scores, if they are not to be judged again."""
+    origin: str | None = None
+    """The group's id in the run that sampled it."""
+
+
+class Expert:
+    """One expert of a recipe with its prompts read; loads no weights."""
+
+    def __init__(self, recipe: CurateRecipe, config: ExpertConfig):
+        self.config = config
+        self.name = config.name
+        self.recipe = recipe.sampling_recipe(config)
+        assert self.recipe.policy.path is not None
+        self.folder = policy_folder(self.recipe.policy.path, self.recipe.policy.revision)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.folder)
+        (read,), self.max_model_len = read_prompt_sets(self.recipe, [self.recipe.prompts], self.tokenizer)
+        self.prompts: Sequence[Prompt] = read.prompts
+        self.kept: list[int] = list(range(len(self.prompts)))
+        """Places of the prompts that cleaning left; a prompt keeps its place whatever goes before it."""
+        digest = hashlib.blake2b(f"{recipe.run.seed} {config.name}".encode(), digest_size=4).digest()
+        self.seed = int.from_bytes(digest, "big")
+        """Of its completions: two experts that are asked the same draw other random numbers."""
+
+    @cached_property
+    def weights(self) -> str:
+        return weight_hash(self.folder)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """What must not change while a journal holds completions of it."""
+        digest = hashlib.sha256()
+        for prompt in self.prompts:
+            digest.update(prompt.id.encode() + b"\0" + prompt.token_ids.tobytes() + b"\0")
+        return {"policy": self.weights, "prompts": digest.hexdigest()}
+
+    def text(self, completion: Completion) -> str:
+        return self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+
+    def completion_seed(self, prompt: Prompt, attempt: int, index: int) -> int:
+        return completion_seed(self.seed, prompt.id, attempt, index)
+
+    # --- before sampling ------------------------------------------------------------------------------------------------
+
+    def clean(self, config: CleanConfig, work: Path) -> tuple[Cleaning, list[Rejection]]:
+        """Decontaminates and dedups the prompts; `kept` are those that stay."""
+        cleaning = Cleaning(for_prompts(config), lambda: map(self._row, range(len(self.prompts))), work)
+        rejections = list(cleaning.rejections())
+        self.kept = [row.number - 1 for row in cleaning.kept()]
+        return cleaning, rejections
+
+    def _row(self, position: int) -> SourceRow:
+        prompt = self.prompts[position]
+        gold = {name: prompt.columns[name] for name in ("answer", "solution") if name in prompt.columns}
+        return SourceRow(f"{self.name}: {self.config.prompts.source}", position + 1, {"id": prompt.id, "prompt": prompt.prompt, **gold})
+
+    # --- the groups -----------------------------------------------------------------------------------------------------
+
+    def jobs(self) -> Iterator[Job]:
+        """The groups that are wanted, in an order that depends on recipe and inputs alone."""
+        if self.config.sampled is not None:
+            yield from self._sampled(Path(self.config.sampled))
+            return
+        for position in self.kept:
+            prompt = self.prompts[position]
+            yield Job(Slot(self.name, position, prompt.id), prompt, self.config.rollout.group_size)
+        if self.config.original is not None:
+            for position in self.kept:
+                yield self._original(position, self.config.original)
+
+    def _original(self, position: int, column: str) -> Job:
+        prompt = self.prompts[position]
+        response = prompt.columns.get(column)
+        if not isinstance(response, str) or not response.strip():
+            raise InputError(
+                f"experts: {self.name}: original: prompt '{prompt.id}' has no text in the column '{column}' ({response!r:.40}); "
+                "give it one, or leave `original` out"
+            )
+        slot = Slot(self.name + ORIGINAL, position, prompt.id)
+        return Job(slot, prompt, 1, [self._given(slot, 0, response, "original")])
+
+    def _given(self, slot: Slot, index: int, text: str, engine: str, finish_reason: str = "stop") -> Completion:
+        """A text that is not sampled here, as a completion."""
+        ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+        return Completion(
+            prompt_id=slot.prompt_id, group_id=group_id(slot.run, slot.prompt_id, slot.nth), index=index, attempt=slot.nth, seed=0,
+            token_ids=ids, mask=np.zeros(len(ids), np.uint8), engine_logp=np.zeros(len(ids), np.float32),
+            policy_version=np.zeros(len(ids), np.int32), finish_reason=finish_reason, engine=engine,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def _sampled(self, run: Path) -> Iterator[Job]:
+        """What a run of rl.train has sampled, by prompt, in the order of its steps."""
+        places = {self.prompts[position].id: position for position in self.kept}
+        ours = same_rewards(run, self.recipe)
+        nth: dict[str, int] = defaultdict(int)
+        for rows in _groups_of(run, self.config.since_step):
+            prompt_id = rows[0]["prompt_id"]
+            if prompt_id not in places:
+                continue
+            position = places[prompt_id]
+            slot = Slot(self.name, position, prompt_id, nth[prompt_id])
+            nth[prompt_id] += 1
+            given = [self._given(slot, i, row["completion"], row["engine"], row["finish_reason"]) for i, row in enumerate(rows)]
+            scores = [Score(row["reward"], row["status"], json.loads(row["parts"]), row["detail"]) for row in rows] if ours else None
+            yield Job(slot, self.prompts[position], len(rows), given, scores, rows[0]["group_id"])
+
+
+def for_prompts(config: CleanConfig) -> CleanConfig:
+    """What of `clean` is asked of prompts before sampling: duplicates and contamination. The filters judge what is written."""
+    return CleanConfig(exact=config.exact, near=config.near, against=config.against, max_chars=10**9, max_repeated=1.0)
+
+
+def same_rewards(run: Path, recipe: TrainRecipe) -> bool:
+    """Whether a run's scores are what this recipe's rewards would say."""
+    theirs = read_recipe(run / "recipe.yaml", [], TrainRecipe)
+    return resolved_yaml(theirs.rewards) == resolved_yaml(recipe.rewards)
+
+
+def _groups_of(run: Path, since_step: int) -> Iterator[list[dict[str, Any]]]:
+    """Rows of completions/*.parquet by group, in the order of the steps; each group once."""
+    files = sorted((run / "completions").glob("step-*.parquet"), key=lambda path: int(path.stem.partition("-")[2]))
+    for path in files:
+        groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for row in read_rows(path):
+            if row["step"] >= since_step:
+                groups[row["group_id"]].append(row)
+        for rows in groups.values():
+            yield sorted(rows, key=lambda row: row["index"])
+
+
+def claim_inputs(journal: Journal, experts: Sequence[Expert]) -> None:
+    """A curation goes on only with the weights and prompts that it began with: what the journal holds was sampled from these."""
+    for expert in experts:
+        held = journal.meta(f"expert/{expert.name}")
+        for what, now in expert.fingerprint.items():
+            if held is not None and held[what] != now:
+                raise InputError(
+                    f"experts: {expert.name}: the {what} {'are' if what == 'prompts' else 'is'} not what {journal.path.parent} began with, "
+                    "though the recipe says the same; restore them, or choose another run.name"
+                )
+    journal.set_meta(**{f"expert/{expert.name}": expert.fingerprint for expert in experts})

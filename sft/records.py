@@ -1,0 +1,246 @@
+"""Rejection sampling's second half: from scored groups in a journal to a data set in a folder.
+
+    groups -> select -> candidates -> clean -> Records, with rejected rows, preference pairs, report and card beside them
+
+Everything here is a function of journal and recipe, so another selection costs no sampling. The order of rows is that of experts and
+prompts; no time, path of this machine, or random number enters a file, and the folder appears whole, by rename.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from data.card import write_card
+from data.clean import write_rejected
+from data.cleaning import Cleaning, Rejection
+from data.files import write_file, write_lines
+from data.journal import Attempt, Journal
+from data.recipe import resolved_yaml
+from data.records import record_from_row, record_row, write_records
+from data.rows import SourceRow
+from data.select import Choice, in_window, is_right, pairs, pass_rate, preference_row, select
+from data.values import Group, Messages, Prompt, Provenance, Record
+from rewards.answers import find_answer
+from sft.curate_config import CurateRecipe
+from sft.experts import ORIGINAL, Expert
+from sft.provenance import recipe_hash, reward_versions
+
+CHUNK = 256
+"""Groups in memory at a time."""
+OPEN = "<think>"
+FOLDER = "curated"
+CANDIDATES = ".candidates.jsonl"
+
+
+class Writer:
+    """Writes `<run>/curated` from the journal; `rejected` are the prompts that were cleaned away before sampling."""
+
+    def __init__(self, recipe: CurateRecipe, experts: Sequence[Expert], journal: Journal, run: Path):
+        self.recipe = recipe
+        self.experts = experts
+        self.journal = journal
+        self.run = run
+        self.work = run / f".{FOLDER}.partial"
+        self.counts: Counter[str] = Counter()
+        self.versions = reward_versions(recipe.rewards)
+        self.hash = recipe_hash(recipe)
+
+    def write(self, cleaned: Sequence[tuple[Cleaning, Sequence[Rejection]]]) -> dict[str, Any]:
+        """The whole folder, and what its report says. `cleaned` is what `Expert.clean` said of each expert's prompts."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir(parents=True)
+        cleaning = Cleaning(self.recipe.clean, self._candidates, self.work)
+        write_lines(self.work / CANDIDATES, (json.dumps(row, ensure_ascii=False) for row in self._chosen_rows(cleaning.stages)))
+        before = [rejection for _, rejections in cleaned for rejection in rejections]
+        write_rejected(self.work / "rejected.parquet", (r for part in (before, cleaning.rejections()) for r in part))
+        write_records(self.work, lambda: (record_from_row(row.values) for row in cleaning.kept()))
+        hits = [hit for each, _ in cleaned for hit in each.hits] + cleaning.hits
+        write_lines(self.work / "contamination.jsonl", (json.dumps(dataclasses.asdict(hit), ensure_ascii=False) for hit in hits))
+        if self.recipe.pairs is not None:
+            self._write_pairs()
+        report = self._report(cleaned, cleaning)
+        write_lines(self.work / "report.json", [json.dumps(report, indent=2, ensure_ascii=False)])
+        write_lines(self.work / "recipe.yaml", resolved_yaml(self.recipe).splitlines())
+        (self.work / CANDIDATES).unlink()
+        write_card(self.work, self.recipe.licences)
+        self._put_in_place()
+        return report
+
+    # --- groups and what is chosen of them ------------------------------------------------------------------------------
+
+    def groups(self, expert: Expert) -> Iterator[tuple[Group, Attempt]]:
+        """The groups of an expert in the order of its prompts; those of original responses after them."""
+        names = [expert.name] + ([expert.name + ORIGINAL] if expert.config.original else [])
+        for name in names:
+            for position in expert.kept:
+                for attempt in self.journal.attempts_at(name, position):
+                    yield self._group(expert.prompts[position], attempt), attempt
+
+    def _group(self, prompt: Prompt, attempt: Attempt) -> Group:
+        completions, scores = self.journal.completions(attempt.group_id), self.journal.scores(attempt.group_id)
+        assert len(completions) == len(scores) == attempt.size, f"group {attempt.group_id} is not complete"
+        order = range(attempt.size)
+        return Group(attempt.group_id, prompt, attempt.attempt, tuple(completions[i] for i in order), tuple(scores[i] for i in order))
+
+    def choices(self, expert: Expert, taken: Counter[str]) -> Iterator[tuple[Choice, Attempt]]:
+        """What `select` keeps of an expert's groups; `taken` counts completions by prompt over all experts."""
+        config = self.recipe.select
+        most = config.max_per_prompt
+        groups = self.groups(expert)
+        while chunk := list(islice(groups, CHUNK)):
+            attempts = {group.id: attempt for group, attempt in chunk}
+            self._count(group for group, _ in chunk)
+            for choice in self._select([group for group, _ in chunk], expert):
+                prompt_id = choice.group.prompt.id
+                if most is None or taken[prompt_id] < most:
+                    taken[prompt_id] += 1
+                    yield choice, attempts[choice.group.id]
+
+    def _select(self, groups: Sequence[Group], expert: Expert) -> list[Choice]:
+        def answers(group: Group) -> list[str | None]:
+            return [find_answer(expert.text(completion), group.prompt.text) for completion in group.completions]
+
+        # An original response stands alone: it has no pass rate to speak of, and nothing to be chosen from.
+        alone = self.recipe.select.model_copy(update={"pass_rate": None, "rule": "all_correct"})
+        chosen: list[Choice] = []
+        for group in groups:
+            is_original = group.id.startswith(f"{expert.name}{ORIGINAL}/")
+            chosen += select([group], alone if is_original else self.recipe.select, answers)
+        return chosen
+
+    def _count(self, groups: Iterator[Group]) -> None:
+        config = self.recipe.select
+        for group in groups:
+            ok = [index for index, score in enumerate(group.scores) if score.status == "ok"]
+            right = sum(is_right(group, index, config) for index in ok)
+            failed = sum(score.status in ("timeout", "error") for score in group.scores)
+            self.counts.update(
+                groups=1, completions=len(group.scores), tokens=sum(len(c.token_ids) for c in group.completions),
+                judged=len(ok), right=right, failed=failed, outside_window=not in_window(group, config),
+            )  # fmt: skip
+
+    # --- records --------------------------------------------------------------------------------------------------------
+
+    def _chosen_rows(self, filters: Sequence[str]) -> Iterator[dict[str, Any]]:
+        taken: Counter[str] = Counter()
+        for expert in self.experts:
+            for choice, attempt in self.choices(expert, taken):
+                self.counts["selected"] += 1
+                yield record_row(self._record(expert, choice, attempt, filters))
+
+    def _candidates(self) -> Iterator[SourceRow]:
+        with (self.work / CANDIDATES).open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                yield SourceRow("candidates", number, json.loads(line))
+
+    def _record(self, expert: Expert, choice: Choice, attempt: Attempt, filters: Sequence[str]) -> Record:
+        group, completion = choice.group, choice.completion
+        score = group.scores[choice.index]
+        is_original = attempt.slot.run.endswith(ORIGINAL)
+        return Record(
+            written_messages(group.prompt, expert, expert.text(completion), is_original),
+            Provenance(
+                prompt_id=group.prompt.id,
+                group_id=group.id,
+                index=choice.index,
+                expert=attempt.slot.run,
+                expert_hash="" if is_original else expert.weights,
+                seed=completion.seed,
+                sampling=self._sampling(expert, attempt, is_original),
+                rewards=self.versions,
+                parts=score.parts,
+                reward=score.value,
+                pass_rate=pass_rate(group, self.recipe.select),
+                filters=tuple(filters),
+                recipe_hash=self.hash,
+                tokens=len(completion.token_ids),
+                source=expert.config.prompts.source,
+                finish_reason=completion.finish_reason,
+            ),
+        )
+
+    def _sampling(self, expert: Expert, attempt: Attempt, is_original: bool) -> dict[str, Any]:
+        if is_original:
+            return {"kind": "original"}
+        config = expert.config
+        rollout = config.rollout
+        known: dict[str, Any] = {"kind": "run" if config.sampled else "expert", "system": config.system or config.prompts.system}
+        if config.sampled:
+            return known | {"run": config.sampled, "group_id": self.journal.meta(f"origin/{attempt.group_id}")}
+        return known | {
+            "engine": rollout.engine,
+            "precision": config.precision,
+            "group_size": rollout.group_size,
+            "temperature": rollout.temperature,
+            "max_tokens": rollout.max_tokens,
+            "stop": rollout.stop,
+            "path": config.path,
+            "revision": config.revision,
+        }
+
+    def _write_pairs(self) -> None:
+        wanted = self.recipe.pairs
+        assert wanted is not None
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for expert in self.experts:
+                for group, attempt in self.groups(expert):
+                    for pair in pairs([group], self.recipe.select, wanted.per_group, wanted.min_margin):
+                        texts = [expert.text(completion) for completion in group.completions]
+                        where = {"prompt_id": group.prompt.id, "group_id": group.id, "expert": attempt.slot.run, "margin": pair.margin}
+                        yield preference_row(pair, texts) | where
+
+        self.counts["pairs"] = sum(1 for _ in rows())
+        if self.counts["pairs"]:
+            write_file(self.work / "pairs.parquet", rows)
+
+    # --- the report -----------------------------------------------------------------------------------------------------
+
+    def _report(self, cleaned: Sequence[tuple[Cleaning, Sequence[Rejection]]], cleaning: Cleaning) -> dict[str, Any]:
+        counts = self.counts
+        rejected = sum((each.counts for each in (*(c for c, _ in cleaned), cleaning)), Counter[str]())
+        reasons = {reason: n for reason, n in sorted(rejected.items()) if reason not in ("read", "kept") and n}
+        stages = [
+            ["prompts", sum(c.counts["read"] for c, _ in cleaned)],
+            ["prompts kept", sum(c.counts["kept"] for c, _ in cleaned)],
+            ["completions", counts["completions"]],
+            ["judged", counts["judged"]],
+            ["right", counts["right"]],
+            ["selected", counts["selected"]],
+            ["kept", cleaning.counts["kept"]],
+        ]
+        return {
+            "stages": stages,
+            "rejected": reasons,
+            "counts": {name: counts[name] for name in sorted(counts)},
+            "experts": {expert.name: {"weights": expert.weights, "prompts": len(expert.kept)} for expert in self.experts},
+            "rewards": self.versions,
+            "recipe_hash": self.hash,
+        }
+
+    def _put_in_place(self) -> None:
+        """The new folder for the old one: two renames, so that no reader sees a half of each."""
+        place, old = self.run / FOLDER, self.run / f".{FOLDER}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        if place.exists():
+            os.replace(place, old)
+        os.replace(self.work, place)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def written_messages(prompt: Prompt, expert: Expert, text: str, is_original: bool = False) -> Messages:
+    """The row that is trained on: <problem, original response>, or <system prompt, problem, expert response> with its system prompt
+    kept or dropped."""
+    messages = [{"role": "user", "content": prompt.prompt}] if isinstance(prompt.prompt, str) else list(prompt.prompt)
+    added = expert.config.system is not None and messages[0] == {"role": "system", "content": expert.config.system}
+    if added and (is_original or not expert.config.keep_system):
+        messages = messages[1:]
+    # A template that opens the reasoning itself leaves the tag with the prompt; the row would lose it.
+    opened = prompt.text.rstrip().endswith(OPEN) and not is_original
+    return [*messages, {"role": "assistant", "content": f"{OPEN}\n{text}" if opened else text}]
