@@ -56,6 +56,8 @@ class Evaluation:
     unscored: int
     """Completions without a verdict."""
     seconds: float
+    right: dict[str, float]
+    """Prompt id -> share of its completions that are right; where two policies answered the same prompts, for a paired comparison."""
 
     def metrics(self, prefix: str = "eval") -> dict[str, float]:
         numbers = {f"{prefix}/pass@{k}": e.value for k, e in self.pass_at.items()}
@@ -148,6 +150,7 @@ def _summary(
 ) -> Evaluation:
     per_prompt: dict[int, list[float]] = defaultdict(list)
     votes = []
+    shares: dict[str, float] = {}
     unscored = 0
     for group_id, group in done.items():
         verdicts = [(i, value) for i, s in enumerate(scores[group_id]) if (value := s.parts.get(part)) is not None]
@@ -155,6 +158,7 @@ def _summary(
         if not verdicts:
             continue
         right = [value >= 1.0 for _, value in verdicts]
+        shares[by_group[group_id].id] = fmean(right)
         for k in _powers(samples):
             if k <= len(right):
                 per_prompt[k].append(pass_at_k(len(right), sum(right), k))
@@ -173,6 +177,7 @@ def _summary(
         entropy=entropy_of(completions),
         unscored=unscored,
         seconds=seconds,
+        right=shares,
     )
 
 
