@@ -12,7 +12,8 @@ So all completions of a group meet their prompt in one product without a mask, a
 backward needs no more: given `out` and `l` of the whole softmax, the gradient of attention is a sum over keys, and each of these
 products yields its share (Dao 2023, arXiv:2307.08691, algorithm 2). The kernel of both is torch's flash attention.
 
-On a GPU it is FlexAttention with the mask that `sees` states. That path has not run on a GPU; tests compare it on CPU tensors.
+On a GPU it is FlexAttention with the mask that `sees` states; which blocks of it are empty or full is counted from the bounds of the
+segments. That path has not run on a GPU; tests compare it on CPU tensors.
 
     T  tokens      H  query heads      J  key heads      R  query heads of a key head (H = J R)      d  head size
 """
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad
 from transformers import AttentionInterface
 
@@ -77,9 +78,39 @@ def layout_of(batch: TrainBatch) -> Layout:
     )
 
 
-def mask_of(batch: TrainBatch) -> BlockMask:
+def mask_of(batch: TrainBatch, block: int = 128) -> BlockMask:
+    """FlexAttention's mask by blocks of rows and keys; no [T, T] tensor is made, as torch's own `create_block_mask` would."""
     length = len(batch.tokens_T)
-    return create_block_mask(sees(batch), None, None, length, length, device=batch.tokens_T.device)
+    some, full = _blocks(batch, length, block)
+    tables = []
+    for table in (some & ~full, full):
+        indices = table.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+        tables += [x.to(batch.tokens_T.device, torch.int32)[None, None] for x in (table.sum(-1), indices)]
+    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=block, mask_mod=sees(batch), seq_lengths=(length, length))
+
+
+def _blocks(batch: TrainBatch, length: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two bool [row blocks, key blocks]: some pair of the block is visible; all are (not counted where its keys are two segments')."""
+    count = -(-length // block)
+    some = torch.zeros(count, count, dtype=torch.bool)
+    one_segment, one_prompt = torch.full((count,), -1), torch.full((count,), -2)  # of blocks that lie in one; else equal to none
+    prompt_of = dict(zip(batch.segment_of_B, batch.prompt_of_B, strict=True))
+    families: dict[int, list[int]] = {}
+    for segment, (begin, end) in enumerate(batch.bounds_S):
+        prompt = prompt_of.get(segment, segment)
+        families.setdefault(prompt, []).append(segment)
+        if begin < end:
+            rows = slice(begin // block, (end - 1) // block + 1)
+            first, last = batch.bounds_S[prompt]
+            some[rows, rows] = True
+            some[rows, first // block : (last - 1) // block + 1] = True
+            one_segment[-(-begin // block) : end // block] = segment
+    for prompt, members in families.items():
+        begin, end = batch.bounds_S[prompt][0], batch.bounds_S[members[-1]][1]
+        one_prompt[-(-begin // block) : end // block] = prompt
+    earlier = torch.ones(count, count, dtype=torch.bool).tril(-1)
+    same = (one_segment[:, None] == one_segment[None, :]) & (one_segment[None, :] >= 0)
+    return some.tril_(), earlier & (same | (one_prompt[:, None] == one_segment[None, :]))
 
 
 def sees(batch: TrainBatch) -> Callable[..., torch.Tensor]:

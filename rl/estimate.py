@@ -53,7 +53,6 @@ class Sizes:
     layers: int
     hidden: int
     vocabulary: int
-    heads: int
     layer: int
     """Parameters of the largest layer."""
     root: int
@@ -130,7 +129,7 @@ def sizes_of(config_file: Path, lora: LoraConfig | None = None) -> Sizes:
     kv_token, kv_split = _kv(config)
     return Sizes(
         total=total, active=active, adapter=_adapter(model, lora), layers=len(layers), hidden=config.hidden_size,
-        vocabulary=config.vocab_size, heads=config.num_attention_heads, layer=max(n for n, _ in layers.values()), root=root,
+        vocabulary=config.vocab_size, layer=max(n for n, _ in layers.values()), root=root,
         kept_layer=max(kept for _, kept in layers.values()), kept_layers=sum(kept for _, kept in layers.values()),
         kv_token=kv_token, kv_split=kv_split, context=getattr(config, "max_position_embeddings", None),
     )  # fmt: skip
@@ -197,7 +196,7 @@ def places(recipe: TrainRecipe, sizes: Sizes, machine: Machine, max_model_len: i
             f"{machine.gpus * machine.nodes} to the learner; lower rollout.engines or rollout.tensor_parallel"
         )
     shards = ranks if machine.gpus else 1
-    learner = [*_state(recipe, sizes, shards), *_passing(recipe, sizes, shards, bool(machine.gpus), max_model_len)]
+    learner = [*_state(recipe, sizes, shards), *_passing(recipe, sizes, shards, max_model_len)]
     if not machine.gpus:
         return [_ram(recipe, sizes, machine, learner, max_model_len)]
     first = f"{ranks} of {machine.gpus * machine.nodes} GPUs learn; on each"
@@ -230,11 +229,10 @@ def _state(recipe: TrainRecipe, sizes: Sizes, shards: int) -> list[Part]:
     return parts
 
 
-def _passing(recipe: TrainRecipe, sizes: Sizes, shards: int, gpu: bool, max_model_len: int) -> list[Part]:
+def _passing(recipe: TrainRecipe, sizes: Sizes, shards: int, max_model_len: int) -> list[Part]:
     """What a forward and backward pass needs on top, at its worst: every completion as long as it may be.
 
-    Attention of a completion has a mask over the keys of its prompt and its own: on a CPU SDPA fuses that, on a GPU it may fall
-    back to scores and their softmax in FP32.
+    Attention holds no scores, on a CPU (flash attention) as on a GPU (FlexAttention); what it keeps is a log-sum a row and head.
     """
     b = ELEMENT_BYTES[recipe.policy.precision]
     _, tokens = pass_tokens(recipe, max_model_len)
@@ -249,11 +247,6 @@ def _passing(recipe: TrainRecipe, sizes: Sizes, shards: int, gpu: bool, max_mode
     again = ", one layer is recomputed" if checkpointing else f", T = {tokens:,}"
     parts.append(Part("activations", kept, f"{KEPT} x b x T x outputs of {'a layer' if checkpointing else 'all layers'}{again}"))
     parts.append(Part("gradients of activations", KEPT * b * tokens * sizes.kept_layer, "as much as a layer keeps"))
-    if gpu:
-        layers, where = (1, "one layer") if checkpointing else (sizes.layers, "all layers")
-        scores = 8 * sizes.heads * tokens * max_model_len * layers
-        formula = f"2 x 4 bytes x heads x T x {max_model_len}, {where}; 0 if a kernel fuses them"
-        parts.append(Part("attention scores", scores, formula))
     logits = min(CHUNK_LOGITS, tokens * sizes.vocabulary)
     parts.append(Part("output head", HEAD_COPIES * 4 * logits, f"{HEAD_COPIES} x 4 bytes x {logits:,} logits a chunk"))
     return parts

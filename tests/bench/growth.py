@@ -4,10 +4,12 @@
 
 Prompt lengths are fitted by  seconds = a * forwarded tokens + b * attention pairs,  the other two as well, with a third term
 c * predicted tokens * V  for the output head. A pair is a token and one it attends to. Fits are least squares of relative errors on
-CPU seconds, the minimum of the repeats; `residual` is the relative error of a point.
+CPU seconds, the minimum of the repeats; `residual` is the relative error of a point. A pass holds a group. All three take about five
+minutes of a core; what is measured goes to stderr at once.
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from harness import Case, Clock, learner_step, line, make_groups, make_learner, 
 from data.values import Group
 
 CASES: dict[str, dict[str, Case]] = {
-    "prompt": {f"prompt {n}": Case(prompt=n) for n in (128, 256, 512, 1024, 2048, 4096)},
+    "prompt": {f"prompt {n}": Case(prompt=n, groups=2) for n in (128, 256, 512, 1024, 2048, 4096)},
     "group": {f"G {n}": Case(group_size=n, groups=2) for n in (4, 8, 16, 32, 64)},
     "vocab": {f"V {n}": Case(vocab=n, groups=2) for n in (4096, 16_384, 32_768, 65_536, 151_936)},
 }
@@ -38,7 +40,7 @@ def sizes(groups: list[Group], vocab: int) -> tuple[float, float, float]:
 
 def measure(case: Case, repeats: int) -> tuple[tuple[float, float, float], Clock]:
     with tempfile.TemporaryDirectory() as folder:
-        learner = make_learner(make_policy(case, Path(folder)), micro_tokens=16_384)
+        learner = make_learner(make_policy(case, Path(folder)), micro_tokens=1)
         groups = make_groups(case)
         learner_step(learner, groups)
         clock = Clock()
@@ -67,6 +69,7 @@ def main() -> None:
         for label, case in CASES[name].items():
             size, clock = measure(case, arguments.repeats)
             found.append({"case": label, "tokens": int(size[0]), "pairs": int(size[1]), "logits": int(size[2])} | clock.numbers())
+            print(found[-1], file=sys.stderr, flush=True)
         used = ["tokens", "pairs"] if name == "prompt" else ["tokens", "pairs", "logits"]
         terms = np.array([[float(row[u]) for u in used] for row in found])
         coefficients, residuals = fit(terms, np.array([row["cpu_min_s"] for row in found]))

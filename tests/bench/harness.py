@@ -2,7 +2,7 @@
 
 One step is everything between scored completions and updated weights. trl's is its own `GRPOTrainer.training_step` on a batch
 padded as its own collation pads it, then the clipping and AdamW of its `Trainer`; ours is `Learner.batches` and `Learner.step`.
-trl's pass for old log-probs, which it makes whenever vLLM samples, has its own clock: with trl's own `generate` it falls away.
+trl's forward pass for old log-probs has a clock of its own, because whether it is made depends on who samples.
 """
 
 import os
@@ -57,7 +57,7 @@ class Case:
     median: int = 64
     """Of the completions' lengths: lognormal with sigma 0.6, cut at 4 medians."""
     zero: float = 0.0
-    """Share of the groups whose rewards are all equal."""
+    """Share of the groups whose rewards are all equal. They have the lengths of the others, so that half the groups are half the tokens."""
 
 
 def make_policy(case: Case, folder: Path) -> Path:
@@ -74,15 +74,16 @@ def make_policy(case: Case, folder: Path) -> Path:
     return folder
 
 
-def make_groups(case: Case, seed: int = 0) -> list[Group]:
-    """Random tokens; rewards 0 and 1 mixed in a group that teaches, all 0 in one that does not."""
+def make_groups(case: Case, seed: int = 0, *, all_teach: bool = False) -> list[Group]:
+    """Random tokens; rewards 0 and 1 mixed in a group that teaches, all 0 in one that does not. `all_teach`: the same tokens, no zeros."""
     rng = np.random.default_rng(seed)
     groups = []
+    zero = round(case.zero * case.groups)
+    lengths = rng.lognormal(np.log(case.median), 0.6, (case.groups - zero, case.group_size)).clip(1, 4 * case.median).astype(int)
     for g in range(case.groups):
         prompt = Prompt(f"p{g}", "", "", rng.integers(2, case.vocab, case.prompt).astype(np.int32))
         completions = []
-        for i in range(case.group_size):
-            n = int(np.clip(rng.lognormal(np.log(case.median), 0.6), 1, 4 * case.median))
+        for i, n in enumerate(lengths[g % len(lengths)].tolist()):
             completions.append(
                 Completion(
                     prompt_id=prompt.id, group_id=f"bench/p{g}/0", index=i, attempt=0, seed=i,
@@ -91,7 +92,7 @@ def make_groups(case: Case, seed: int = 0) -> list[Group]:
                     finish_reason="stop", engine="bench",
                 )
             )  # fmt: skip
-        teaches = g >= round(case.zero * case.groups)
+        teaches = all_teach or g >= zero
         scores = tuple(Score(float(teaches and i % 2 == 0)) for i in range(case.group_size))
         groups.append(Group(f"bench/p{g}/0", prompt, 0, tuple(completions), scores))
     return groups

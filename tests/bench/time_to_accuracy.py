@@ -6,33 +6,36 @@
 
 Both take the same prompts, rewards, batch (32 prompts x 8, four optimizer steps), loss, rate and length limit from
 `recipes/quickstart.yaml`. `short` is the task as it is, `long` puts about 250 tokens of instruction and worked examples before
-each prompt. Seconds are wall seconds of training: start-up and evaluation are left out on both sides. Accuracy is pass@1 at
-temperature 1 on the same held-out prompts, every `--every` steps. trl has as many threads as OMP_NUM_THREADS says, one if it says
-nothing (this policy is too small to share between cores); ours has a process for the engine and one for the learner.
+each prompt. Seconds are those of training, as wall time and as CPU time of all processes of a side (`…_cpu_s`, which other work on
+the machine disturbs less): start-up and evaluation are left out on both sides. Accuracy is pass@1 at temperature 1 on the same
+held-out prompts, every `--every` steps; a side ends once it has reached the goal, and the time is interpolated between the two
+evaluations around it. Both compute on one thread (this policy is too small to share between cores); ours has a process for the
+engine and one for the learner, which take turns, so that pinned to one core (`taskset -c 0`) both sides have the same.
 """
-
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import yaml
+from harness import CHECKOUT, line, table
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(CHECKOUT))
-
-from data.arithmetic import demonstrations, rows  # noqa: E402
-from rewards.math_answer import math_answer  # noqa: E402
-from rewards.think_format import think_format  # noqa: E402
+from data.arithmetic import demonstrations, rows
+from rewards.math_answer import math_answer
+from rewards.think_format import think_format
 
 RECIPE = CHECKOUT / "recipes" / "quickstart.yaml"
 PREFIX = {
@@ -60,22 +63,83 @@ def write_prompts(folder: Path, case: str, held_out: int) -> dict[str, Path]:
     return files
 
 
-def curve_of_ours(policy: str, files: dict[str, Path], folder: Path, seed: int, steps: int, every: int) -> list[tuple[float, float]]:
-    """(training seconds, accuracy) at each evaluation of `rl.train`."""
+@dataclass(frozen=True)
+class Point:
+    """An evaluation: seconds of training until then, and what it found."""
+
+    wall_s: float
+    cpu_s: float
+    accuracy: float
+
+
+class TreeCpu(threading.Thread):
+    """CPU seconds of a process and all its descendants, read ten times a second."""
+
+    def __init__(self, pid: int):
+        super().__init__(daemon=True)
+        self.process = psutil.Process(pid)
+        self.samples: list[tuple[float, float]] = []
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            try:
+                tree = [self.process, *self.process.children(recursive=True)]
+                used = sum(sum(process.cpu_times()[:4]) for process in tree)  # children that have ended count with their parents
+            except psutil.NoSuchProcess:
+                if not self.process.is_running():
+                    return
+                continue
+            self.samples.append((time.time(), used))
+            time.sleep(0.1)
+
+    def between(self, begin: float, end: float) -> float:
+        times, used = np.array(self.samples).T
+        return float(np.interp(end, times, used) - np.interp(begin, times, used))
+
+
+def curve_of_ours(policy: str, files: dict[str, Path], folder: Path, seed: int, steps: int, every: int, goal: float) -> list[Point]:
+    """The evaluations of `rl.train`, which is ended once it has reached the goal."""
     recipe = yaml.safe_load(RECIPE.read_text())
     recipe["run"] |= {"seed": seed, "output_dir": str(folder), "name": "ours"}
     recipe["policy"]["path"] = policy
     recipe["prompts"] = {"path": str(files["train"])}
     recipe["learner"]["steps"] = steps
     recipe["eval"] = {"every": every, "samples": 1, "greedy": False, "prompts": {"path": str(files["test"])}}
+    recipe["checkpoint"] = {"every": 0}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    subprocess.run([sys.executable, "-m", "rl.train", str(folder / "recipe.yaml")], cwd=CHECKOUT, check=True, stdout=sys.stderr)
-    curve, seconds = [], 0.0
-    for row in map(json.loads, (folder / "ours" / "metrics.jsonl").read_text().splitlines()):
-        seconds += row.get("time/step_s", 0.0) - (row.get("time/eval_s", 0.0) if row["step"] else 0.0)
-        if "eval/pass@1" in row:
-            curve.append((seconds, row["eval/pass@1"]))
+    command = [sys.executable, "-m", "rl.train", str(folder / "recipe.yaml")]
+    training = subprocess.Popen(command, cwd=CHECKOUT, stdout=sys.stderr)
+    tree = TreeCpu(training.pid)
+    file = folder / "ours" / "metrics.jsonl"
+    curve: list[Point] = []
+    wall = cpu = last = 0.0
+    read = 0
+    while training.poll() is None or read < len(_lines(file)):
+        for row in map(json.loads, _lines(file)[read:]):
+            now = time.time()
+            read += 1
+            evaluating = row.get("time/eval_s", 0.0)
+            if row["step"]:
+                wall += row["time/step_s"] - evaluating
+                time.sleep(0.2)  # until the tree has been read once more
+                cpu += tree.between(last, now - evaluating)
+            last = now
+            if "eval/pass@1" in row:
+                curve.append(Point(wall, cpu, row["eval/pass@1"]))
+        if curve and curve[-1].accuracy >= goal and training.poll() is None:
+            training.terminate()
+            training.wait()
+            break
+        time.sleep(0.02)
+    assert training.returncode in (0, 75), f"rl.train ended with {training.returncode}"
     return curve
+
+
+def _lines(file: Path) -> list[str]:
+    """Those that are whole."""
+    text = file.read_text() if file.exists() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
 
 
 def reward(prompts: list[str], completions: list[str], answer: list[str], **_: Any) -> list[float]:
@@ -84,10 +148,8 @@ def reward(prompts: list[str], completions: list[str], answer: list[str], **_: A
     return [float(r or 0.0) if f else 0.0 for r, f in zip(right, formed, strict=True)]
 
 
-def curve_of_trl(
-    policy: str, files: dict[str, Path], folder: Path, seed: int, steps: int, every: int, goal: float
-) -> list[tuple[float, float]]:
-    """The same of trl's GRPOTrainer; ends early once it has reached the goal."""
+def curve_of_trl(policy: str, files: dict[str, Path], folder: Path, seed: int, steps: int, every: int, goal: float) -> list[Point]:
+    """The same of trl's GRPOTrainer."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -111,7 +173,7 @@ def curve_of_trl(
         adam_beta1=learner["optimizer"]["betas"][0], adam_beta2=learner["optimizer"]["betas"][1], max_grad_norm=1.0, weight_decay=0.0,
         save_strategy="no", logging_strategy="no", disable_tqdm=True, seed=seed,
     )  # fmt: skip
-    curve: list[tuple[float, float]] = []
+    curve: list[Point] = []
 
     @torch.no_grad()
     def accuracy() -> float:
@@ -129,18 +191,20 @@ def curve_of_trl(
         return got / len(test)
 
     class Curve(TrainerCallback):
-        seconds = 0.0
+        wall_s = cpu_s = 0.0
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            curve.append((0.0, accuracy()))
-            self.began = time.perf_counter()
+            curve.append(Point(0.0, 0.0, accuracy()))
+            self.began = time.perf_counter(), time.process_time()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step % (every * updates) == 0:
-                self.seconds += time.perf_counter() - self.began
-                curve.append((self.seconds, accuracy()))
-                self.began = time.perf_counter()
-            control.should_training_stop = state.global_step >= steps * updates or curve[-1][1] >= goal
+                self.wall_s += time.perf_counter() - self.began[0]
+                self.cpu_s += time.process_time() - self.began[1]
+                curve.append(Point(self.wall_s, self.cpu_s, accuracy()))
+                print(f"trl: step {state.global_step // updates}, {curve[-1]}", file=sys.stderr, flush=True)
+                self.began = time.perf_counter(), time.process_time()
+            control.should_training_stop = state.global_step >= steps * updates or curve[-1].accuracy >= goal
 
     GRPOTrainer(
         model=model, args=arguments, reward_funcs=reward, processing_class=tokenizer, train_dataset=Dataset.from_list(train),
@@ -149,11 +213,12 @@ def curve_of_trl(
     return curve
 
 
-def reached(curve: list[tuple[float, float]], goal: float) -> float | None:
-    """Training seconds to the goal, interpolated between the evaluations around it."""
-    for (t0, a0), (t1, a1) in zip(curve, curve[1:], strict=False):
-        if a0 < goal <= a1:
-            return t0 + (t1 - t0) * (goal - a0) / (a1 - a0)
+def reached(curve: Sequence[Point], goal: float) -> tuple[float, float] | None:
+    """Wall and CPU seconds of training to the goal, interpolated between the evaluations around it."""
+    for a, b in pairwise(curve):
+        if a.accuracy < goal <= b.accuracy:
+            share = (goal - a.accuracy) / (b.accuracy - a.accuracy)
+            return a.wall_s + share * (b.wall_s - a.wall_s), a.cpu_s + share * (b.cpu_s - a.cpu_s)
     return None
 
 
@@ -181,7 +246,7 @@ def main() -> None:
     parser.add_argument("--case", choices=PREFIX, default="short")
     parser.add_argument("--seed", type=int, action="append")
     parser.add_argument("--steps", type=int, default=50, help="at most so many batches of 256 completions")
-    parser.add_argument("--every", type=int, default=2, help="steps between evaluations")
+    parser.add_argument("--every", type=int, default=4, help="steps between evaluations")
     parser.add_argument("--held-out", type=int, default=987, help="evaluation prompts")
     parser.add_argument("--goal", type=float, default=0.9)
     parser.add_argument("--make-long", metavar="FOLDER", help="make the cold start of case `long` from the policy, nothing else")
@@ -191,19 +256,29 @@ def main() -> None:
     if arguments.make_long:
         make_long(policy, str(Path(arguments.make_long).resolve()), arguments.make_long_steps)
         return
+    found = []
     for seed in arguments.seed or [1]:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             files = write_prompts(folder, arguments.case, arguments.held_out)
-            ours = curve_of_ours(policy, files, folder, seed, arguments.steps, arguments.every)
-            theirs = curve_of_trl(policy, files, folder, seed, arguments.steps, arguments.every, arguments.goal)
-        times = reached(ours, arguments.goal), reached(theirs, arguments.goal)
-        row = {
-            "case": arguments.case, "seed": seed, "goal": arguments.goal,
-            "ours_s": times[0], "trl_s": times[1], "ratio": None if None in times else times[1] / times[0],  # type: ignore[operator]
-            "ours_curve": ours, "trl_curve": theirs, "cores": os.cpu_count(),
-        }  # fmt: skip
-        print(json.dumps(row), flush=True)
+            settings = (policy, files, folder, seed, arguments.steps, arguments.every, arguments.goal)
+            curves = {"ours": curve_of_ours(*settings), "trl": curve_of_trl(*settings)}
+        found.append(_row(arguments.case, seed, arguments.goal, curves))
+        line(found[-1])
+    table(found, ("case", "seed", "goal", "ours_cpu_s", "trl_cpu_s", "ratio_cpu", "ours_s", "trl_s", "ratio"))
+
+
+def _row(case: str, seed: int, goal: float, curves: dict[str, list[Point]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"case": case, "seed": seed, "goal": goal}
+    times = {side: reached(curve, goal) for side, curve in curves.items()}
+    for side, found in times.items():
+        if found is not None:
+            row |= {f"{side}_s": round(found[0], 1), f"{side}_cpu_s": round(found[1], 1)}
+    ours, trl = times["ours"], times["trl"]
+    if ours is not None and trl is not None:
+        row |= {"ratio": round(trl[0] / ours[0], 2), "ratio_cpu": round(trl[1] / ours[1], 2)}
+    row |= {f"{side}_curve": [[round(x, 3) for x in astuple(point)] for point in curve] for side, curve in curves.items()}
+    return row | {"cores": len(os.sched_getaffinity(0))}
 
 
 if __name__ == "__main__":

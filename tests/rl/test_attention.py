@@ -7,7 +7,7 @@ import policies
 import pytest
 import torch
 from made import make_groups
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import rl.logp
 from rl.advantage import group_advantage
@@ -88,6 +88,27 @@ def test_the_mask_of_the_gpu_path_is_the_visible_pairs(share_prompt: bool) -> No
     rows = torch.arange(len(batch.tokens_T))
     zero = torch.zeros((), dtype=torch.int64)
     assert torch.equal(sees(batch)(zero, zero, rows[:, None], rows[None, :]), visible(batch))
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize("block", [2, 4, 7, 16, 128])
+def test_the_blocks_of_the_gpu_path_are_those_of_the_whole_mask(block: int, share_prompt: bool) -> None:
+    """Against torch's own count in the whole mask; a full block that holds two segments may stand as one to be looked at."""
+    batch = make_batch(share_prompt)
+    length = len(batch.tokens_T)
+    want = create_block_mask(sees(batch), None, None, length, length, device="cpu", BLOCK_SIZE=block)
+    got = mask_of(batch, block)
+    assert got.seq_lengths == want.seq_lengths and got.BLOCK_SIZE == want.BLOCK_SIZE
+    assert torch.equal(got.to_dense(), want.to_dense())
+    full, most = (full_blocks(m, block) for m in (got, want))
+    assert not (full & ~most).any()
+    assert int(full.sum()) >= 0.6 * int(most.sum()) and (block > 4 or full.any())
+
+
+def full_blocks(mask: BlockMask, block: int) -> torch.Tensor:
+    """Its full blocks as a bool table."""
+    assert mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None
+    return BlockMask.from_kv_blocks(mask.full_kv_num_blocks, mask.full_kv_indices, BLOCK_SIZE=block).to_dense().bool()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -122,7 +122,7 @@ def test_a_recipe_that_cannot_fit_says_by_how_much(
     assert "memory: fits" in capsys.readouterr().out
     assert dry_run(monkeypatch, rl.train, "recipes/gsm8k_8gpu.yaml", "hardware.gpus=7") == 0
     out = capsys.readouterr().out
-    assert "does not fit, 6.31 GB too much" in out and "memory: does not fit; what helps: more GPUs" in out
+    assert "does not fit, 3.22 GB too much" in out and "memory: does not fit; what helps: more GPUs" in out
     assert dry_run(monkeypatch, rl.train, "recipes/gsm8k_8gpu.yaml", "rollout.engines=8") == 0
     assert "memory: does not fit: rollout: 8 engines on 1 GPUs each leave none of 8 to the learner" in capsys.readouterr().out
     assert dry_run(monkeypatch, rl.train, "recipes/gsm8k_8gpu.yaml", "rollout.engines=5", "rollout.tensor_parallel=2") == 2
@@ -178,7 +178,6 @@ def test_parts_of_a_learner_gpu_add_up_by_hand() -> None:
     # Of a token: queries, keys, values, what comes out; norms; router; and of 8 experts gate and up, their product, down.
     outputs = 4096 + 512 + 512 + 2048 + (2 * 128 + 2 * 2048) + 128 + 8 * (2 * 768 + 768 + 2048)
     assert found.pop("activations") == found.pop("gradients of activations") == pytest.approx(KEPT * 2 * tokens * outputs)
-    assert found.pop("attention scores") == 2 * 4 * 32 * tokens * 1408
     assert found.pop("output head") == 6 * 4 * 2**24
     assert not found
     assert learner.used_bytes == pytest.approx(sum(part.bytes for part in learner.parts))

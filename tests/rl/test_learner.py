@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 from data.values import Completion, Group
 from rl.advantage import group_advantage
+from rl.batch import items_of, pack
 from rl.config import AdvantageConfig, LossConfig
 from rl.policy import save_policy
 
@@ -182,6 +183,56 @@ def test_activation_checkpointing_changes_no_gradient(moe: Path) -> None:
     learner.model.gradient_checkpointing_enable({"use_reentrant": False})
     learner.model.train()
     assert distance(gradients(learner, groups), plain) < 1e-6
+
+
+def test_activation_checkpointing_keeps_less_than_half(moe: Path) -> None:
+    """Bytes that autograd keeps of the decoder's pass; with checkpointing only what goes into each layer, before its backward begins."""
+    groups = near(make_groups(REWARDS * 4), moe)
+    kept = []
+    for on in (False, True):
+        learner = make_learner(moe, LossConfig(kind="dapo", ratio_base="engine"), dtype=torch.float32)
+        if on:
+            learner.model.gradient_checkpointing_enable({"use_reentrant": False})
+            learner.model.train()
+        parameters = {p.untyped_storage().data_ptr() for p in learner.model.parameters()}
+        tensors: dict[int, torch.Tensor] = {}
+
+        def keep(x: torch.Tensor, tensors: dict[int, torch.Tensor] = tensors) -> torch.Tensor:
+            tensors[x.untyped_storage().data_ptr()] = x
+            return x
+
+        batch = next(iter(learner.batches(groups, group_advantage(groups, AdvantageConfig()))))[0]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            of_pass = learner._logp(learner.model, batch, grad=True)
+        assert of_pass[0].requires_grad
+        kept.append(sum(x.untyped_storage().nbytes() for place, x in tensors.items() if place not in parameters))
+    assert kept[1] < 0.5 * kept[0], kept
+
+
+def test_tokens_routed_to_each_expert_count_as_if_every_completion_had_its_own_prompt(moe: Path) -> None:
+    """What an auxiliary loss counts: a shared prompt is routed once and its tokens stand for G; `count_T` says so."""
+    groups = make_groups(REWARDS)
+    learner = make_learner(moe, LossConfig())
+    work, normaliser = items_of(groups, group_advantage(groups, AdvantageConfig()), False, True)
+    loads = []
+    for shared in (True, False):
+        batch = pack(work, normaliser, temperature=1.0, max_tokens=MAX_TOKENS, share_prompt=shared)
+        chosen: list[torch.Tensor] = []
+
+        def note(_module: object, _inputs: object, out: tuple[torch.Tensor, ...], chosen: list[torch.Tensor] = chosen) -> None:
+            chosen.append(out[-1])
+
+        hooks = [layer.mlp.gate.register_forward_hook(note) for layer in learner.model.get_decoder().layers]
+        learner._logp(learner.model, batch, grad=False)
+        for hook in hooks:
+            hook.remove()
+        assert len(chosen) == 2 and chosen[0].shape == (len(batch.tokens_T), 2)
+        loads.append([torch.zeros(8, dtype=torch.int64).index_add(0, e.flatten(), batch.count_T.repeat_interleave(2)) for e in chosen])
+    assert all(torch.equal(a, b) for a, b in zip(*loads, strict=True))
+    tokens = sum(len(g.prompt.token_ids) + len(c.token_ids) - 1 for g in groups for c in g.completions)
+    assert [int(load.sum()) for load in loads[0]] == [2 * tokens] * 2
+    forwarded = sum(len(g.prompt.token_ids) + sum(len(c.token_ids) - 1 for c in g.completions) for g in groups)
+    assert forwarded < tokens
 
 
 def test_several_updates_keep_the_log_probs_of_before_the_first(moe: Path) -> None:

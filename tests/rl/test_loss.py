@@ -55,11 +55,12 @@ def test_a_failed_score_enters_no_mean() -> None:
     assert group_advantage(groups, EXACT)[0].tolist() == [1, 0, -1, 1, -1]
 
 
-def batch_of(lengths: list[int], advantages: list[float], kind: str = "stop") -> TrainBatch:
+def batch_of(lengths: list[int], advantages: list[float], masks: list[list[int]] | None = None) -> TrainBatch:
+    masks = masks or [[1] * n for n in lengths]
     prompt = Prompt("p", "", "", np.array([3, 4, 5], np.int32))
     completions = tuple(
-        Completion("p", "g", i, 0, 0, np.arange(10, 10 + n, dtype=np.int32), np.ones(n, np.uint8), np.full(n, -1.0, np.float32),
-                   np.zeros(n, np.int32), "stop", "e")
+        Completion("p", "g", i, 0, 0, np.arange(10, 10 + n, dtype=np.int32), np.array(masks[i], np.uint8),
+                   np.full(n, -1.0, np.float32), np.zeros(n, np.int32), "stop", "e")
         for i, n in enumerate(lengths)
     )  # fmt: skip
     group = Group("g", prompt, 0, completions, tuple(Score(float(i)) for i in range(len(lengths))))
@@ -79,6 +80,19 @@ def test_a_flat_batch_by_hand() -> None:
     assert batch.completion_N.tolist() == [0, 0, 0, 1, 2, 2]
     assert batch.length_B.tolist() == [3, 1, 2]
     assert (batch.normaliser.completions, batch.normaliser.tokens) == (3, 6)
+
+
+def test_tokens_of_other_turns_are_forwarded_and_predict_but_are_not_predicted() -> None:
+    batch = batch_of([4, 2], [1, -1], masks=[[1, 0, 0, 1], [1, 1]])
+    # prompt 3 4 5 | 10 11 12 | 10: the last token of a completion predicts nothing, whoever wrote it
+    assert batch.tokens_T.tolist() == [3, 4, 5, 10, 11, 12, 10]
+    assert batch.position_T.tolist() == [0, 1, 2, 3, 4, 5, 3]
+    assert batch.target_N.tolist() == [10, 13, 10, 11]
+    assert batch.source_N.tolist() == [2, 5, 2, 6], "the policy's next word is predicted from the other's last token"
+    assert batch.completion_N.tolist() == [0, 0, 1, 1]
+    assert batch.length_B.tolist() == [2, 2]
+    assert batch.normaliser.tokens == 4
+    assert len(batch.engine_logp_N) == len(batch.version_N) == 4
 
 
 def test_token_weights_by_hand() -> None:

@@ -246,3 +246,14 @@ def test_dynamic_sampling_fills_the_batch_with_groups_that_teach(policy: Path, t
         sums = journal.sums()
     assert sums.open == 0 and sums.wasted["zero_advantage"] > 0
     assert sums.groups["trained"] == 12
+
+
+def test_dynamic_sampling_ends_within_its_bound_where_nothing_teaches(policy: Path, tmp_path: Path) -> None:
+    """4 prompts and two further rounds of 4; the last round is the step, and all of it is counted as waste."""
+    path = recipe(tmp_path, policy, "run")
+    (tmp_path / "plugin.py").write_text("def digits(completions, **columns):\n    return [0.0] * len(completions)\n")
+    run(path, "rollout.resample_zero_groups=true", "rollout.max_resamples=2", "learner.steps=1")
+    row = rows(tmp_path / "out" / "run")[1]
+    assert (row["groups/sampled"], row["groups/zero_advantage"], row["groups/trained"]) == (12, 12, 0)
+    assert row["tokens/trained"] == 0 and row["tokens/wasted"] == row["tokens/sampled"]
+    assert row["grad_norm"] == 0.0
