@@ -67,6 +67,10 @@ class TrainBatch:
     """[N], the learner's log-probs before the first update on these groups; None: the training pass's own."""
     ref_logp_N: torch.Tensor | None = None
     """[N], the reference's log-probs, where the loss has a KL term."""
+    routes_TLK: torch.Tensor | None = None
+    """Compact integers [T, L, K], experts chosen before at each position; a prompt's are those of its first completion."""
+    routes_valid_T: torch.Tensor | None = None
+    """bool [T], where `routes_TLK` holds anything."""
 
     @property
     def completions(self) -> int:
@@ -175,22 +179,24 @@ def pack(
     logps: list[np.ndarray] = []
     versions: list[np.ndarray] = []
     advantages: list[float] = []
+    spans: list[Span] = []
 
-    def add(ids: np.ndarray, first: int, count: int) -> int:
+    def add(ids: np.ndarray, first: int, count: int, of: Completion | None) -> int:
         begin = bounds[-1][1] if bounds else 0
         bounds.append((begin, begin + len(ids)))
         tokens.append(ids)
         positions.append(np.arange(first, first + len(ids)))
         counts.append(count)
+        spans.append((of, first, len(ids)))
         return len(bounds) - 1
 
     for items in groups:
         for mates in [items] if share_prompt else [[item] for item in items]:
             prompt_ids = mates[0].prompt_ids
-            prompt = add(prompt_ids, 0, len(mates))
+            prompt = add(prompt_ids, 0, len(mates), mates[0].completion)
             for item in mates:
                 done = item.completion
-                here = add(done.token_ids[:-1], len(prompt_ids), 1)
+                here = add(done.token_ids[:-1], len(prompt_ids), 1, done)
                 segment_of_B.append(here)
                 prompt_of_B.append(prompt)
                 # The prompt's last token predicts the first of every completion.
@@ -203,7 +209,7 @@ def pack(
                 advantages.append(item.advantage)
 
     if not groups:
-        add(np.zeros(1, dtype=np.int64), 0, 0)
+        add(np.zeros(1, dtype=np.int64), 0, 0, None)
 
     def flat(parts: Sequence[np.ndarray], dtype: torch.dtype) -> torch.Tensor:
         joined = np.concatenate(parts) if parts else np.zeros(0)
@@ -211,6 +217,7 @@ def pack(
 
     lengths = [len(t) for t in targets]
     sizes = [end - begin for begin, end in bounds]
+    routes, valid = _routes(spans)
     return TrainBatch(
         tokens_T=flat(tokens, torch.int64),
         position_T=flat(positions, torch.int64),
@@ -229,4 +236,26 @@ def pack(
         normaliser=normaliser,
         temperature=temperature,
         max_tokens=max_tokens,
+        routes_TLK=None if routes is None else torch.from_numpy(routes).to(device),
+        routes_valid_T=None if valid is None else torch.from_numpy(valid).to(device),
     )
+
+
+Span = tuple[Completion | None, int, int]
+"""A segment's completion (of a prompt the first), where it begins in prompt and completion, and its length."""
+
+
+def _routes(spans: Sequence[Span]) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Routes [T, L, K] and where they are valid [T]; None where no completion came with any."""
+    known = next((c.routes for c, _, _ in spans if c is not None and c.routes is not None), None)
+    if known is None:
+        return None, None
+    total = sum(length for _, _, length in spans)
+    routes, valid = np.zeros((total, *known.shape[1:]), known.dtype), np.zeros(total, bool)
+    begin = 0
+    for completion, first, length in spans:
+        if completion is not None and completion.routes is not None and completion.routes_valid is not None:
+            routes[begin : begin + length] = completion.routes[first : first + length]
+            valid[begin : begin + length] = completion.routes_valid[first : first + length]
+        begin += length
+    return routes, valid

@@ -164,6 +164,9 @@ class LossConfig(Section):
     """token: weights are cut to this; sequence and geometric: completions outside [1/max, max] are masked."""
     mask_truncated: bool = False
     """Completions cut off at max_tokens teach nothing (DAPO's overlong filtering)."""
+    replay: Literal["none", "learner", "rollout"] = "none"
+    """Experts that are chosen again. learner: those of the start of the step, in its later updates; rollout: the engine's
+    (arXiv:2510.11370), by the hf engine or by vLLM on a GPU."""
 
 
 class OptimizerConfig(Section):
@@ -182,6 +185,17 @@ class OptimizerConfig(Section):
         if self.moments == "bf16" and self.betas[1] > 1 - 2**-8:
             raise ValueError(f"betas[1] {self.betas[1]:g} is too slow for bf16 moments, which cannot fall by so little; use 0.95, or fp32")
         return self
+
+
+class RouterConfig(Section):
+    """What keeps the experts of a mixture evenly loaded; 0 is off."""
+
+    bias_step: float = Field(0.0, ge=0.0)
+    """DeepSeek-V3's correction bias moves by this against each expert's load, once a step; 1e-3 in arXiv:2412.19437, section 4.2."""
+    sequence_loss: float = Field(0.0, ge=0.0)
+    """Weight of DeepSeek-V3's loss over each sequence (section 2.1.2, where it is 1e-4)."""
+    aux_loss: float = Field(0.0, ge=0.0)
+    """Weight of Qwen3-MoE's auxiliary loss; 1e-3 in its published configs. Over several passes it costs one more forward."""
 
 
 class LearnerConfig(Section):
@@ -205,6 +219,7 @@ class LearnerConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0.0)
     """The gradient is scaled down to this L2 norm."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    router: RouterConfig = RouterConfig()
     threads: int | None = Field(None, ge=1)
     """CPU threads of the learner; null: all cores but not more than 16."""
 
@@ -275,3 +290,12 @@ class TrainRecipe(Section):
     log: LogConfig = LogConfig()
     hardware: HardwareConfig | None = None
     """The machine that `--dry-run` estimates for; null: this one."""
+
+    @model_validator(mode="after")
+    def _later_updates(self) -> "TrainRecipe":
+        if self.loss.replay == "learner" and self.learner.steps_per_batch * self.learner.epochs_per_batch == 1:
+            raise ValueError(
+                "loss.replay learner repeats routes in the later updates of a step, and steps_per_batch and epochs_per_batch are 1: "
+                "there is one; take none"
+            )
+        return self

@@ -27,6 +27,8 @@ def check_inputs(recipe: TrainRecipe) -> None:
         check_prompts(recipe.eval.prompts)
     check_judge(recipe)
     check_engine(recipe)
+    if (config := config_file(recipe.policy)) is not None:
+        check_router(recipe, config)
     check_trackers(recipe)
 
 
@@ -90,6 +92,25 @@ def read_prompt_sets(
     sets = [read_prompts(config, tokenizer, room) for config in configs]
     longest = max(len(prompt.token_ids) for read in sets for prompt in read.prompts)
     return sets, recipe.rollout.max_model_len or longest + longest_completion(recipe)
+
+
+ROUTERS = {"deepseek_v3": ("bias_step", "sequence_loss"), "qwen3_moe": ("aux_loss",)}
+"""What balances the experts of a policy, by its config's model_type; their routes can be replayed."""
+
+
+def check_router(recipe: TrainRecipe, config: Path) -> None:
+    """InputError for a setting of the router, or a replay, that the policy of this config has no use for."""
+    model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    has = ROUTERS.get(model_type, ())
+    for name, value in recipe.learner.router:
+        if value and name not in has:
+            whose = " and ".join(kind for kind, names in ROUTERS.items() if name in names)
+            way_out = f"it has {' and '.join(has)}" if has else "it is no mixture of experts that can be balanced; set it to 0"
+            raise InputError(f"learner.router.{name}: is for {whose}, and the policy is {model_type}; {way_out}")
+    if recipe.loss.replay != "none" and not has:
+        raise InputError(
+            f"loss.replay: {recipe.loss.replay}: routes of {model_type} cannot be replayed, those of {' and '.join(ROUTERS)} can"
+        )
 
 
 def check_judge(recipe: TrainRecipe) -> None:

@@ -9,7 +9,7 @@ ranks. Every rank runs the same number of passes.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -25,7 +25,8 @@ from rl.loss import policy_loss
 from rl.optim import AdamW, learning_rate
 from rl.policy import checkpoint_specs, checkpoint_views
 from rl.ranks import Ranks
-from rl.router import RouterLoad
+from rl.replay import Replay
+from rl.router import Router
 from rl.shard import output_head
 from rl.watch import Watch
 
@@ -59,7 +60,8 @@ class Learner:
         self.optim = AdamW(model.named_parameters(), config.optimizer)
         self.updates = 0
         self.watch = Watch(ranks)
-        self.router = RouterLoad(model, ranks)
+        self.router = Router(model, config.router, ranks)
+        self.replay = Replay(model, loss.replay, ranks)
         self.first_pass = True
         """Whether the next training passes are the first that their tokens make through the policy in this step."""
 
@@ -71,35 +73,46 @@ class Learner:
         `advantages_PG` are those of all groups. A step is divided by the counts of the whole batch over its optimizer steps, so
         that every token of a batch weighs the same.
         """
-        # Exact without a KL term: a token of advantage 0 has gradient 0. An auxiliary loss would need all tokens as well.
-        skip_zero = self.loss.kl_coef == 0.0
+        # Exact where the loss is the policy's alone: a token of advantage 0 has gradient 0. A KL term or a router's loss needs them all.
+        skip_zero = self.loss.kl_coef == 0.0 and not self.router.has_loss
         work, whole = items_of(groups, advantages_PG, self.loss.mask_truncated, skip_zero)
         steps = self.config.steps_per_batch
         share = Normaliser(whole.completions / steps, whole.tokens / steps)
         slices = [[items for items in work if items[0].group * steps // len(groups) == n] for n in range(steps)]
         batched = [[self._finish(batch) for batch in self._pack(part, share)] for part in slices]
-        self.watch.begin(groups, work, self.loss.mask_truncated)
+        self.watch.begin(groups, work, self.loss.mask_truncated, version=self.updates // self._updates_per_step)
         for epoch in range(self.config.epochs_per_batch):
             self.first_pass = epoch == 0 and not self._old_pass
             yield from batched
+        self.router.end_step(skipped_groups=(len(groups) - len(work)) / len(groups))
 
     def _pack(self, work: Sequence[list[Item]], share: Normaliser) -> Iterator[TrainBatch]:
         for part in split(work, self.config.micro_tokens, self.ranks.count)[self.ranks.rank]:
             yield pack(part, share, temperature=self.temperature, max_tokens=self.max_tokens, device=self.ranks.device)
 
     @property
+    def _updates_per_step(self) -> int:
+        return self.config.steps_per_batch * self.config.epochs_per_batch
+
+    @property
     def _old_pass(self) -> bool:
-        """Whether old log-probs need a pass of their own."""
-        return self.config.steps_per_batch * self.config.epochs_per_batch > 1 and self.loss.ratio_base == "learner"
+        """Whether what the weights say before the first update needs a pass of its own: old log-probs, or routes."""
+        return self._updates_per_step > 1 and (self.loss.ratio_base == "learner" or self.loss.replay == "learner")
 
     def _finish(self, batch: TrainBatch) -> TrainBatch:
         """Adds the log-probs that the loss needs and the training pass does not have."""
         if self._old_pass:
             # The weights move between the updates of this batch: old_logp is what they were before the first.
-            with self.router.counting(batch.count_T):
-                batch = replace(batch, old_logp_N=self._logp(self.model, batch, grad=False)[0])
+            with self.replay.recording() as notes, self.replay.reading(batch, first=True, before_updates=True) as forward_done:
+                with self.router.reading(batch, count=True):
+                    batch = replace(batch, old_logp_N=self._logp(self.model, batch, grad=False)[0])
+                forward_done()
+            batch = self.replay.keep(batch, notes)
         if self.loss.kl_coef > 0.0:
-            with adapter_off(self.model) if self.reference is None else nullcontext():
+            with ExitStack() as before:
+                if self.reference is None:  # the policy as it was when the run began
+                    before.enter_context(adapter_off(self.model))
+                    before.enter_context(self.router.first_bias())
                 batch = replace(batch, ref_logp_N=self._logp(self.reference or self.model, batch, grad=False)[0])
         return batch
 
@@ -107,35 +120,58 @@ class Learner:
 
     def step(self, batches: Sequence[TrainBatch]) -> None:
         """Forward and backward over the passes of one optimizer step, then the update."""
-        for batch in batches:
-            with self.router.counting(batch.count_T) if self.first_pass else nullcontext():
-                logp_N, entropy_N = self._logp(self.model, batch, grad=True)
-            parts = policy_loss(batch, logp_N, batch.old_logp_N, self.loss, batch.ref_logp_N)
-            # Pieces of one sum: dividing by counts of the whole step has been done, so passes and ranks add up.
-            parts.loss.backward()
-            self.watch.batch(batch, parts, logp_N.detach(), entropy_N)
-        self._reduce_gradients()
+        self._backward(batches)
         norm = self.optim.clip(self.config.max_grad_norm)
         rate = self.learning_rate()
         self.optim.step(rate)
         self.updates += 1
         self.watch.update(norm, rate)
 
+    def _backward(self, batches: Sequence[TrainBatch]) -> None:
+        """Gradients of an optimizer step, summed over passes and ranks."""
+        if self.router.needs_tally(len(batches)):
+            self._tally(batches)
+        for batch in batches:
+            # A backward that recomputes activations reads the routes again, so it stands within.
+            with self.replay.reading(batch, first=self.first_pass) as forward_done:
+                with self.router.reading(batch, count=self.first_pass):
+                    logp_N, entropy_N = self._logp(self.model, batch, grad=True)
+                forward_done()
+                parts = policy_loss(batch, logp_N, batch.old_logp_N, self.loss, batch.ref_logp_N)
+                # Pieces of one sum: dividing by counts of the whole step has been done, so passes and ranks add up.
+                (parts.loss + self.router.loss(batch)).backward()
+            self.watch.batch(batch, parts, logp_N.detach(), entropy_N)
+        self._reduce_gradients()
+
+    @torch.no_grad()
+    def _tally(self, batches: Sequence[TrainBatch]) -> None:
+        """The load of the whole optimizer step, for an auxiliary loss."""
+        with self.router.tallying() as tally:
+            for batch in batches:
+                with self.replay.reading(batch) as forward_done, self.router.reading(batch, count=False):
+                    self._hidden(self.model, batch)
+                    forward_done()
+                tally(batch)
+
     def learning_rate(self) -> float:
         """Rate of the next update; schedules count steps of the run, so fractions of one between its updates do not matter."""
         config = self.config
-        step = self.updates // (config.steps_per_batch * config.epochs_per_batch)
+        step = self.updates // self._updates_per_step
         return learning_rate(step, config.lr, config.schedule, config.warmup_steps, config.schedule_steps or config.steps)
 
     def _logp(self, model: PreTrainedModel, batch: TrainBatch, grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """logp_N and entropy_N of a batch under a model."""
         with torch.set_grad_enabled(grad):
-            hidden_TD = model.get_decoder()(
-                input_ids=batch.tokens_T[None], position_ids=batch.position_T[None], use_cache=False, cohort=layout_of(batch)
-            ).last_hidden_state[0]
+            hidden_TD = self._hidden(model, batch)
             return logp_and_entropy(
                 output_head(model, hidden_TD.dtype), hidden_TD[batch.source_N], batch.target_N, batch.temperature, model.config.vocab_size
             )
+
+    def _hidden(self, model: PreTrainedModel, batch: TrainBatch) -> torch.Tensor:
+        """[T, D], what the output head reads."""
+        return model.get_decoder()(
+            input_ids=batch.tokens_T[None], position_ids=batch.position_T[None], use_cache=False, cohort=layout_of(batch)
+        ).last_hidden_state[0]
 
     def _reduce_gradients(self) -> None:
         """Sums gradients over ranks; sharded parameters have theirs summed by FSDP in the backward."""
@@ -152,7 +188,7 @@ class Learner:
         """
         apart = self.adapter or self.sharded is not None
         weights = {f"{name}/weight": p.detach() for name, p in self.optim.parameters} if apart else {}
-        return self.optim.state_dict() | weights
+        return self.optim.state_dict() | weights | self.router.state_dict()
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The policy's tensors under their checkpoint names; collective where parameters are sharded."""

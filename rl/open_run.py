@@ -31,7 +31,7 @@ from rl.engines.make import make_engines
 from rl.engines.nccl import NcclSync
 from rl.engines.vllm import preload
 from rl.engines.weights import TensorSpec, read_manifest
-from rl.inputs import check_gpus, read_prompt_sets
+from rl.inputs import check_gpus, check_router, read_prompt_sets
 from rl.learner import Learner
 from rl.lora import add_adapter
 from rl.metrics_file import MetricsFile
@@ -39,6 +39,7 @@ from rl.policy import DTYPES, load_model, load_tokenizer, policy_fingerprint, po
 from rl.pool import RolloutPool
 from rl.progress import Display
 from rl.ranks import Ranks
+from rl.router import cut_router
 from rl.run import Run
 from rl.run_folder import RunFolder
 from rl.shard import shard, wanted
@@ -71,7 +72,12 @@ def _open(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks, stack: ExitStack
     check_gpus(recipe.rollout, torch.cuda.device_count())
     if ranks.main and recipe.rollout.engine == "vllm":
         preload()  # importing vllm takes ten seconds; it goes on beside what follows
+    if recipe.loss.replay == "rollout" and recipe.rollout.engine == "vllm" and not torch.cuda.is_available():
+        raise InputError(
+            "loss.replay: vLLM returns the experts it chose on a GPU alone, and this machine has none; take rollout.engine=hf, or none"
+        )
     source = policy_folder(recipe.policy.path, recipe.policy.revision)
+    check_router(recipe, source / "config.json")
     tokenizer = load_tokenizer(source)
     run = Run(recipe, folder, ranks, tokenizer)
     prompts, held_out, longest = _prompts(recipe, tokenizer) if ranks.main else (None, None, 0)
@@ -222,7 +228,8 @@ def _open_rollouts(run: Run, source: Path, prompts: PromptSet, max_model_len: in
     run.display.phase("starting rewards and engines")
     (folder / "logs").mkdir(exist_ok=True)
     run.scorer = stack.enter_context(Scorer(recipe.rewards, log_dir=folder / "logs"))
-    engines = make_engines(recipe.rollout, recipe.policy, source, max_model_len, folder / "logs")
+    returns_routes = recipe.loss.replay == "rollout"
+    engines = make_engines(recipe.rollout, recipe.policy, source, max_model_len, folder / "logs", returns_routes=returns_routes)
     run.pool = stack.enter_context(RolloutPool(engines, stall_s=recipe.rollout.stall_s, say=run.display.say))
     stream = GroupStream(
         PromptStream(prompts.prompts, recipe.run.seed), run.pool, run.scorer, run.journal, run.tokenizer, recipe.rollout,
@@ -245,6 +252,7 @@ def _restore(run: Run) -> None:
         run.alarms = Alarms([part.key for part in run.recipe.rewards.shadow], state.get("alarms"))
         run.metrics.cut(run.start if run.start else -1)
         cut_completions(run.folder.path / "completions", run.start + 1)
+        cut_router(run.folder.path / "router", run.start + 1)
         voided = run.journal.resume(run.start)
         if run.start:
             again = f"; {voided} groups used after it are used again" if voided else ""

@@ -70,7 +70,8 @@ class Run:
     def end_step(self, step: int) -> None:
         """Metrics, evaluation and checkpoint after step `step` (from 0); collective."""
         done = step + 1
-        row = self.learner.watch.collect(with_kl=self.recipe.loss.kl_coef > 0.0) | self.learner.router.collect()
+        learner = self.learner
+        row = learner.watch.collect(with_kl=self.recipe.loss.kl_coef > 0.0) | learner.replay.collect() | learner.router.numbers()
         if self.ranks.main:
             self._write_step(done, row, time.perf_counter() - self.step_began)
         ending = self.ranks.agree(self.asked_to_end)
@@ -92,8 +93,9 @@ class Run:
         row["tokens/wasted"] = row["tokens/sampled"] - row["tokens/trained"]
         alarms = self.alarms.step(groups, stream.text)
         row |= alarms.metrics
-        for message in alarms.messages:
-            self.display.say(f"alarm: {message}")
+        for message in [*alarms.messages, *self.learner.router.alarms()]:
+            self.display.say(message)
+        self.learner.router.write(self.folder.path / "router", done)
         stream.end_step()
         if self.held_out and (done == self.recipe.learner.steps or _due(done, self.recipe.eval.every)):
             row |= self.evaluate(done, greedy=done == self.recipe.learner.steps)

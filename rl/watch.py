@@ -1,7 +1,7 @@
 """What is watched of the learner, step by step, under trl's names where the meaning is the same.
 
 Sums are collected over passes and ranks and become means over trained tokens once a step, so that the numbers do not depend on how a
-step was cut. `mismatch/*` compares the engine that sampled with the learner at the start of the step.
+step was cut. What compares the engine with the learner is in `rl/mismatch.py`.
 
     N  predicted tokens      P  prompts a step      G  group size
 """
@@ -13,9 +13,10 @@ import torch
 from data.values import Group
 from rl.batch import Item, TrainBatch, trained
 from rl.loss import LossParts
+from rl.mismatch import Mismatch, mismatch_numbers
 from rl.ranks import Ranks
 
-SUMS = ("loss", "tokens", "entropy", "ratio", "low", "high", "kl", "correction", "logp_difference", "mismatch_kl")
+SUMS = ("loss", "tokens", "entropy", "ratio", "low", "high", "kl", "correction")
 
 
 class Watch:
@@ -27,14 +28,17 @@ class Watch:
 
     def _reset(self) -> None:
         self.sums = dict.fromkeys(SUMS, 0.0)
+        self.mismatch = Mismatch()
+        self.version = 0
         self.largest_difference = 0.0
         self.updates = 0
         self.grad_norm = 0.0
         self.rate = 0.0
         self.counts: dict[str, float] = {}
 
-    def begin(self, groups: Sequence[Group], work: Sequence[Sequence[Item]], mask_truncated: bool) -> None:
-        """Counts what a step has and what of it teaches; the same on all ranks."""
+    def begin(self, groups: Sequence[Group], work: Sequence[Sequence[Item]], mask_truncated: bool, version: int) -> None:
+        """Counts what a step has and what of it teaches, the same on all ranks; `version`: of the weights before its first update."""
+        self.version = version
         candidates = [
             (c, s) for g in groups for c, s in zip(g.completions, g.scores, strict=True)
             if trained(c, s.value is not None, mask_truncated)
@@ -50,10 +54,7 @@ class Watch:
 
     def batch(self, batch: TrainBatch, parts: LossParts, logp_N: torch.Tensor, entropy_N: torch.Tensor) -> None:
         """Adds one pass."""
-        old_logp_N = logp_N if batch.old_logp_N is None else batch.old_logp_N
-        # k3 of KL(engine || learner) over tokens that the engine sampled; float64, because it is a difference of near equals.
-        log_ratio_N = old_logp_N.double() - batch.engine_logp_N.double()
-        tokens = float(len(logp_N))
+        self._compare(batch, logp_N)
         for name, value in (
             ("loss", parts.loss.detach()),
             ("entropy", entropy_N.sum()),
@@ -61,15 +62,20 @@ class Watch:
             ("low", parts.clipped_low_N.sum()),
             ("high", parts.clipped_high_N.sum()),
             ("correction", parts.correction_N.sum()),
-            ("logp_difference", log_ratio_N.abs().sum()),
-            ("mismatch_kl", (log_ratio_N.exp() - log_ratio_N - 1).sum()),
         ):
             self.sums[name] += float(value)
         if parts.kl_N is not None:
             self.sums["kl"] += float(parts.kl_N.sum())
-        self.sums["tokens"] += tokens
-        if tokens:
-            self.largest_difference = max(self.largest_difference, float(log_ratio_N.abs().max()))
+        self.sums["tokens"] += float(len(logp_N))
+
+    def _compare(self, batch: TrainBatch, logp_N: torch.Tensor) -> None:
+        """Engine against learner, as far as a pass knows the learner before its first update."""
+        if batch.old_logp_N is None and self.updates > 0:
+            return
+        old_logp_N = logp_N if batch.old_logp_N is None else batch.old_logp_N
+        self.mismatch.add(old_logp_N, batch.engine_logp_N, batch.version_N < self.version)
+        if len(logp_N):
+            self.largest_difference = max(self.largest_difference, float((old_logp_N - batch.engine_logp_N).abs().max()))
 
     def update(self, grad_norm: float, rate: float) -> None:
         """Adds one optimizer step."""
@@ -79,8 +85,9 @@ class Watch:
 
     def collect(self, with_kl: bool) -> dict[str, float]:
         """The step's numbers, equal on all ranks; collective."""
-        packed = torch.tensor([self.sums[name] for name in SUMS], dtype=torch.float64, device=self.ranks.device)
-        total = dict(zip(SUMS, self.ranks.sum(packed).tolist(), strict=True))
+        sums = torch.tensor([self.sums[name] for name in SUMS], dtype=torch.float64)
+        packed = self.ranks.sum(torch.cat([sums, self.mismatch.packed]).to(self.ranks.device)).cpu()
+        total = dict(zip(SUMS, packed[: len(SUMS)].tolist(), strict=True))
         largest = self.ranks.largest(self.largest_difference)
         updates = max(1, self.updates)
         numbers = {
@@ -98,10 +105,9 @@ class Watch:
                 "clip_ratio/region_mean": low + high,
                 "ratio/mean": total["ratio"] / tokens,
                 "sampling/importance_sampling_ratio/mean": total["correction"] / tokens,
-                "sampling/sampling_logp_difference/mean": total["logp_difference"] / tokens,
                 "sampling/sampling_logp_difference/max": largest,
-                "mismatch/kl": total["mismatch_kl"] / tokens,
             }
+            numbers |= mismatch_numbers(packed[len(SUMS) :])
             if with_kl:
                 numbers["kl"] = total["kl"] / tokens
         self._reset()

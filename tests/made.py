@@ -12,7 +12,6 @@ from data.values import Completion, Group, Prompt, Score
 from rl.advantage import group_advantage
 from rl.config import AdvantageConfig, LearnerConfig, LossConfig
 from rl.learner import Learner
-from rl.loss import policy_loss
 from rl.policy import load_model
 from rl.ranks import Ranks
 
@@ -122,11 +121,7 @@ def make_learner(
 def gradients(learner: Learner, groups: list[Group], advantage: AdvantageConfig | None = None) -> dict[str, torch.Tensor]:
     """Gradients of the first optimizer step on these groups, summed over ranks, before clipping."""
     advantages = group_advantage(groups, advantage or AdvantageConfig())
-    batches = next(iter(learner.batches(groups, advantages)))
-    for batch in batches:
-        logp_N, _ = learner._logp(learner.model, batch, grad=True)
-        policy_loss(batch, logp_N, batch.old_logp_N, learner.loss, batch.ref_logp_N).loss.backward()
-    learner._reduce_gradients()
+    learner._backward(next(iter(learner.batches(groups, advantages))))
     return {name: grad.clone() for name, grad in learner.optim.grads()}
 
 

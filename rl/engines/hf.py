@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -25,6 +26,7 @@ from data.values import Completion
 from rl.engines.base import Died, EngineDead, Finished, Health, Mailbox, Pulse, PULSE_s, Request, Sampling, WeightChunk
 from rl.engines.weights import read_chunk
 from rl.policy import checkpoint_views, end_tokens, load_model, load_tokenizer
+from rl.replay import RouteRecorder, give_routes
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +53,16 @@ class HfEngine:
 
     whole_groups = True
 
-    def __init__(self, name: str, path: str, dtype: torch.dtype, slots: int, device: torch.device | str = "cpu"):
+    def __init__(
+        self, name: str, path: str, dtype: torch.dtype, slots: int, device: torch.device | str = "cpu", *, returns_routes: bool = False
+    ):
+        """returns_routes: completions come with the experts that each position was sent to, if the policy has any."""
         self.name = name
         self.slots = slots
         self.path = path
         self.dtype = dtype
         self.device = torch.device(device)
+        self.returns_routes = returns_routes
         self.version = 0
         self.model: PreTrainedModel | None = None
         self._life: _Life | None = None
@@ -69,6 +75,7 @@ class HfEngine:
             self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.path)
             self.ends = frozenset(end_tokens(self.model.config, self.tokenizer, self.model.generation_config.eos_token_id))
             self.views = dict(checkpoint_views(self.model))
+            self.recorder = RouteRecorder(self.model)
         else:  # transformers' loading sets defaults of the whole process, in which the learner may be at work by now
             for file in sorted(Path(self.path).glob("*.safetensors")):
                 self._copy((name, tensor) for name, tensor in load_file(file).items() if name in self.views)
@@ -173,11 +180,12 @@ class _Life:
         try:
             while (requests := self.work.get()) is not None:
                 began = time.perf_counter()
-                rows = self._sample(requests)
+                with self.engine.recorder.recording() if self.engine.returns_routes else nullcontext([]) as routes:
+                    done = [self._completion(row) for row in self._sample(requests)]
                 self.busy_s += time.perf_counter() - began
-                for row in rows:
+                for completion in give_routes(done, routes):
                     self.running -= 1
-                    self.mailbox.put(Finished(self.engine.name, self._completion(row)))
+                    self.mailbox.put(Finished(self.engine.name, completion))
         except Exception as error:  # an engine's death is data: the pool decides what becomes of its work
             log.exception("engine %s died", self.engine.name)
             self.died = f"{type(error).__name__}: {error}"

@@ -12,10 +12,12 @@ from rl.inputs import check_gpus
 from rl.policy import DTYPES
 
 
-def make_engines(rollout: RolloutConfig, policy: PolicyConfig, folder: Path, max_model_len: int, logs: Path) -> list[Engine]:
+def make_engines(
+    rollout: RolloutConfig, policy: PolicyConfig, folder: Path, max_model_len: int, logs: Path, *, returns_routes: bool = False
+) -> list[Engine]:
     """Engines `engine-0`, `engine-1`, … for the policy in `folder`, not started; a vLLM engine's output goes to a file in `logs`.
 
-    InputError if this machine has GPUs, and fewer than the engines need.
+    returns_routes: completions come with the experts that were chosen. InputError if this machine has GPUs, and fewer than needed.
     """
     dtype = DTYPES[policy.precision]
     gpus = torch.cuda.device_count()
@@ -24,7 +26,7 @@ def make_engines(rollout: RolloutConfig, policy: PolicyConfig, folder: Path, max
     for number in range(rollout.engines):
         name = f"engine-{number}"
         if rollout.engine == "hf":
-            engines.append(HfEngine(name, str(folder), dtype, rollout.slots, "cuda" if gpus else "cpu"))
+            engines.append(HfEngine(name, str(folder), dtype, rollout.slots, "cuda" if gpus else "cpu", returns_routes=returns_routes))
             continue
         engines.append(
             VllmEngine(
@@ -39,6 +41,7 @@ def make_engines(rollout: RolloutConfig, policy: PolicyConfig, folder: Path, max
                 gpu_memory_utilization=rollout.gpu_memory_utilization,
                 weight_backend="nccl" if rollout.weights == "nccl" else "cohort_file",
                 stall_s=rollout.stall_s,
+                returns_routes=returns_routes,
             )
         )
     return engines

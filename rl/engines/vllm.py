@@ -66,6 +66,8 @@ class VllmSpec:
     stall_s: float
     """An engine that has to read no prompt and says nothing for so long is hung."""
     weight_backend: Literal["cohort_file", "nccl"]
+    returns_routes: bool
+    """Completions come with the experts that were chosen; on a GPU alone."""
 
 
 def preload() -> None:
@@ -96,13 +98,14 @@ class VllmEngine:
         asynchronous: bool = False,
         stall_s: float = 60.0,
         weight_backend: Literal["cohort_file", "nccl"] = "cohort_file",
+        returns_routes: bool = False,
     ) -> None:
         """asynchronous: AsyncLLM on a CPU too; on a GPU it always is. The other parameters are those of VllmSpec."""
         self.name = name
         self.slots = slots
         self.spec = VllmSpec(
             name, policy_path, dtype, max_model_len, slots, threads, tensor_parallel, devices, gpu_memory_utilization, log_path,
-            asynchronous or bool(devices), stall_s, weight_backend,
+            asynchronous or bool(devices), stall_s, weight_backend, returns_routes,
         )  # fmt: skip
         self._link: _Link | None = None
 

@@ -57,6 +57,7 @@ from rl.engines.nccl import FanOut
 from rl.engines.server import Failed, Ready, Server
 from rl.engines.vllm import VllmEngine, VllmSpec
 from rl.engines.weights import Exporter, Manifest, read_chunk
+from rl.replay import moe_layers, with_routes
 
 Method = TypeVar("Method")
 
@@ -91,6 +92,7 @@ class StepCore:
 
     def __init__(self, spec: VllmSpec) -> None:
         self.name = spec.name
+        self.routed = routed_layers(spec)
         self.llm = LLMEngine.from_vllm_config(engine_config(spec), disable_log_stats=True)
         self.llm.set_weight_version("0")
         self.requests: dict[str, Request] = {}
@@ -117,7 +119,7 @@ class StepCore:
     def completions(self, outputs: Iterable[RequestOutput]) -> list[Completion]:
         for output in outputs:
             del self.internal[output.request_id]
-        return [to_completion(self.requests.pop(output.request_id), output, self.name) for output in outputs]
+        return [to_completion(self.requests.pop(output.request_id), output, self.name, self.routed) for output in outputs]
 
     def pause(self) -> None:
         """Nothing runs between two steps."""
@@ -151,6 +153,7 @@ class AsyncCore:
 
     def __init__(self, spec: VllmSpec) -> None:
         self.name = spec.name
+        self.routed = routed_layers(spec)
         self.requests: dict[str, Request] = {}
         self.finished: SimpleQueue[Future[RequestOutput]] = SimpleQueue()
         self.loop = asyncio.new_event_loop()
@@ -186,7 +189,7 @@ class AsyncCore:
             while True:
                 outputs.append(self.finished.get(timeout=0 if outputs else POLL_s).result())
         except Empty:
-            return [to_completion(self.requests.pop(output.request_id), output, self.name) for output in outputs]
+            return [to_completion(self.requests.pop(output.request_id), output, self.name, self.routed) for output in outputs]
 
     def pause(self) -> None:
         self.wait(self.llm.pause_generation(mode="keep", clear_cache=False))
@@ -241,13 +244,18 @@ def sampling_params(request: Request) -> SamplingParams:
     )
 
 
-def to_completion(request: Request, output: RequestOutput, engine: str) -> Completion:
+def routed_layers(spec: VllmSpec) -> list[int]:
+    """The layers whose routes are wanted: those with experts, or none."""
+    return moe_layers(json.loads((spec.policy_path / "config.json").read_text())) if spec.returns_routes else []
+
+
+def to_completion(request: Request, output: RequestOutput, engine: str, routed: list[int]) -> Completion:
     """vLLM names the weights of every span of tokens; an aborted request without a token has no span."""
     sampled = output.outputs[0]
     version = np.zeros(len(sampled.token_ids), np.int32)
     for span in sampled.weight_versions or ():
         version[span.start : span.end] = int(span.version)
-    return Completion(
+    completion = Completion(
         prompt_id=request.prompt_id,
         group_id=request.group_id,
         index=request.index,
@@ -260,6 +268,13 @@ def to_completion(request: Request, output: RequestOutput, engine: str) -> Compl
         finish_reason=sampled.finish_reason,
         engine=engine,
     )
+    if not routed or sampled.routed_experts is None:
+        return completion
+    # [positions, all layers, K]; has not run: vLLM returns routes on a GPU alone. The last token is not forwarded.
+    positions = len(request.prompt_ids) + len(sampled.token_ids) - 1
+    assert len(sampled.routed_experts) >= positions, f"vLLM gave routes of {len(sampled.routed_experts)} positions, not {positions}"
+    routes_TLK = sampled.routed_experts[:positions, routed]
+    return with_routes(completion, routes_TLK if routes_TLK.dtype == np.uint8 else routes_TLK.astype(np.int16))
 
 
 def engine_config(spec: VllmSpec) -> VllmConfig:
@@ -276,6 +291,7 @@ def engine_config(spec: VllmSpec) -> VllmConfig:
         # vLLM imports this module in each of its workers, and so finds the backend below.
         "worker_extension_cls": f"{__name__}.WorkerExtension",
         "weight_transfer_config": WeightTransferConfig(backend=spec.weight_backend),
+        "enable_return_routed_experts": spec.returns_routes,
     }
     policy = json.loads((spec.policy_path / "config.json").read_text())
     if policy["model_type"] == "deepseek_v3":
