@@ -33,11 +33,13 @@ from transformers.utils import logging
 
 from data.recipe import InputError
 from rl import attention
+from rl.experts import expert_views
 from rl.fp8.files import Fp8Files, is_block_fp8
 from rl.fp8.layout import SCALE, coded, complete_config
 from rl.fp8.quantize import BLOCK
 from rl.fp8.weights import Codes
 from rl.lora import adapter_layers, base_name, has_adapter, merge
+from rl.mtp import load_mtp, repeated
 
 logging.disable_progress_bar()  # the display is ours
 # The table of what is wrong with weights: `load_model` says it in a line. (A level would make it warn of tensor parallelism.)
@@ -101,6 +103,7 @@ def load_model(path: str | Path, dtype: torch.dtype, *, attention_name: str = at
     _check_weights(path, sorted(found["missing_keys"]), sorted(found["mismatched_keys"]))
     if in_codes and (Path(path) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
+    load_mtp(model, Path(path))  # transformers leaves it out
     return model.eval()
 
 
@@ -166,22 +169,8 @@ def persistent_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tens
         seen.add(id(tensor))
         base = base_name(name) if adapters else name
         yield base, merge(tensor, adapters[base]) if base in adapters else tensor
-
-
-def expert_views(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """A tensor of the model as the tensors of a checkpoint: itself, or the experts it holds; views into its memory."""
-    stem, _, leaf = name.rpartition(".")
-    if not stem.endswith(".experts") or leaf not in ("gate_up_proj", "down_proj"):
-        assert not stem.endswith(".experts"), f"{name}: this layout of fused experts is not known"
-        yield name, tensor
-        return
-    for index, expert in enumerate(tensor.unbind(0)):
-        if leaf == "gate_up_proj":
-            gate, up = expert.chunk(2, dim=0)
-            yield f"{stem}.{index}.gate_proj.weight", gate
-            yield f"{stem}.{index}.up_proj.weight", up
-        else:
-            yield f"{stem}.{index}.down_proj.weight", expert
+    if isinstance(model, PreTrainedModel):
+        yield from repeated(model)
 
 
 def checkpoint_views(model: torch.nn.Module, cast: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
@@ -247,7 +236,9 @@ def save_policy(
             shards[-1] = {}
             shards.append({})
             size = 0
-        shards[-1][name] = tensor.detach().cpu().contiguous()
+        saved = tensor.detach().cpu().contiguous()
+        # The same memory under a second name (a head written twice): safetensors takes it once.
+        shards[-1][name] = saved.clone() if any(saved.data_ptr() == other.data_ptr() for other in shards[-1].values()) else saved
         index[name] = len(shards) - 1
         size += tensor.nbytes
         total += tensor.nbytes

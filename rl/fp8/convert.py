@@ -65,7 +65,7 @@ def convertible(model: torch.nn.Module, keep: list[str]) -> Iterator[tuple[str, 
 
 
 def is_experts(name: str, module: torch.nn.Module) -> bool:
-    """As transformers fuses them; `rl.policy.expert_views` knows the same layout."""
+    """As transformers fuses them; `rl.experts.expert_views` knows the same layout."""
     own = {n for n, _ in module.named_parameters(recurse=False)}
     return name.endswith(".experts") and own == set(EXPERT_MATRICES)
 

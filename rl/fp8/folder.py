@@ -12,11 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from rl.config import Fp8Config
+from rl.experts import expert_views
 from rl.fp8.convert import REST, convert
 from rl.fp8.files import Fp8Files
 from rl.fp8.layout import SCALE, coded
 from rl.fp8.quantize import SQUARE, quantize
-from rl.policy import expert_views, load_tokenizer, plain_config, save_policy
+from rl.policy import load_tokenizer, plain_config, save_policy
 
 
 def engine_folder(source: Path, target: Path, config: Fp8Config, *, merged: bool = False) -> Path:

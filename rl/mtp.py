@@ -1,0 +1,179 @@
+"""Multi-token prediction, the module that DeepSeek-V3 trains beside its trunk (arXiv:2412.19437, section 2.2, depth 1).
+
+It reads what the trunk made of token i and the embedding of token i+1, and predicts token i+2 with the trunk's own output head:
+
+    h'_i = M [RMSNorm(Emb(t_{i+1})); RMSNorm(h_i)]        (eq. 21; checkpoints put the embedding first)
+    p(t_{i+2} | t_{<=i+1}) = OutHead(RMSNorm(TRM(h')_i))  (eq. 22, 23)
+
+h is the trunk's output after its final norm, as in the published weights' inference code. transformers drops the module when it loads a
+checkpoint (`model.layers.<num_hidden_layers>.*`). Here it is one layer more in the decoder's list, which the decoder does not run: so
+its tensors have their published names wherever tensors are walked - optimizer, checkpoint, weight update - and embedding and head are
+written once more at the end, as published.
+
+In the flat batch of `rl/batch.py` the module has a row for each token but the first of a prompt, and predicts what the trunk
+predicts at that row; it attends as the trunk does, so a shared prompt is forwarded once here as well.
+
+    T  tokens forwarded      R  rows of the module      N  predicted tokens      D  hidden size      V  vocabulary
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3RMSNorm
+
+from data.recipe import InputError
+from rl.attention import layout_of
+from rl.batch import TrainBatch
+from rl.experts import expert_views
+
+SHARED = ("embed_tokens.weight", "shared_head.head.weight")
+"""Tensors of the trunk that a published checkpoint repeats under the module's name."""
+
+
+class MtpLayer(DeepseekV3DecoderLayer):
+    """The module: a decoder layer of the trunk's kind behind the projection of hidden state and embedding."""
+
+    def __init__(self, config: object, layer_idx: int):
+        super().__init__(config, layer_idx)
+        width, eps = config.hidden_size, config.rms_norm_eps  # type: ignore[attr-defined]
+        self.enorm = DeepseekV3RMSNorm(width, eps=eps)
+        self.hnorm = DeepseekV3RMSNorm(width, eps=eps)
+        self.eh_proj = nn.Linear(2 * width, width, bias=False)
+        self.shared_head = nn.ModuleDict({"norm": DeepseekV3RMSNorm(width, eps=eps)})
+
+    def combine(self, embedded_RD: torch.Tensor, hidden_RD: torch.Tensor) -> torch.Tensor:
+        """Eq. 21."""
+        return self.eh_proj(torch.cat([self.enorm(embedded_RD), self.hnorm(hidden_RD)], dim=-1))
+
+
+def mtp_layer(model: PreTrainedModel) -> MtpLayer | None:
+    """The model's module, if it has one."""
+    layers = model.get_decoder().layers
+    return layers[-1] if isinstance(layers[-1], MtpLayer) else None
+
+
+def attach(model: PreTrainedModel, seed: int | None = None) -> MtpLayer:
+    """Gives a DeepSeek-V3 a module with random weights (`seed`), or with none yet; the config says so from then on."""
+    config = model.config
+    if config.model_type != "deepseek_v3":
+        raise InputError(f"policy: multi-token prediction is DeepSeek-V3's, and this is a {config.model_type}; set mtp weights to 0")
+    layers = model.get_decoder().layers
+    assert len(layers) == config.num_hidden_layers, "it has a module already"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed or 0)
+        layer = MtpLayer(config, config.num_hidden_layers).to(model.device, model.dtype)
+        if seed is not None:
+            layer.apply(model._init_weights)
+    layers.append(layer.train(model.training))
+    config.num_nextn_predict_layers = 1
+    return layer
+
+
+def load_mtp(model: PreTrainedModel, folder: Path) -> None:
+    """Attaches the module of a checkpoint and fills it, if the checkpoint has one.
+
+    InputError if the config names one and a tensor of it is missing or has another shape.
+    """
+    if model.config.model_type != "deepseek_v3" or not getattr(model.config, "num_nextn_predict_layers", 0):
+        return
+    if model.config.num_nextn_predict_layers > 1:
+        raise InputError(f"policy.path: '{folder}' predicts {model.config.num_nextn_predict_layers} tokens ahead; one is supported")
+    prefix = f"model.layers.{model.config.num_hidden_layers}."
+    found = dict(_tensors(folder, prefix))
+    if not found:  # saved by transformers, which dropped the module and kept the number
+        model.config.num_nextn_predict_layers = 0
+        return
+    layer = attach(model)
+    for name, tensor in layer.state_dict(keep_vars=True).items():
+        for inner, view in expert_views(name, tensor.detach()):
+            if inner not in found or found[inner].shape != view.shape:
+                has = f"has the shape {list(found[inner].shape)}" if inner in found else "is missing"
+                raise InputError(f"policy.path: cannot load '{folder}': {prefix}{inner} {has}, and its config asks for {list(view.shape)}")
+            view.copy_(found.pop(inner))
+    if unknown := sorted(set(found) - set(SHARED)):
+        raise InputError(f"policy.path: cannot load '{folder}': {prefix}{unknown[0]} is no tensor of a multi-token prediction module")
+
+
+def _tensors(folder: Path, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                if name.startswith(prefix):
+                    yield name.removeprefix(prefix), file.get_tensor(name)
+
+
+# --- forward ----------------------------------------------------------------------------------------------------------
+
+
+def mtp_rows(batch: TrainBatch) -> tuple[TrainBatch, torch.Tensor]:
+    """The module's batch, without the first row of every prompt, and int64 [R], the trunk's row that each of its rows reads.
+
+    Its predicted tokens are those of `batch`, in the same order; its positions are those of the rows it reads, as in inference.
+    Raises ValueError for a prompt of one token.
+    """
+    own = set(batch.segment_of_B)
+    before_T = torch.arange(len(batch.tokens_T), device=batch.tokens_T.device) - 1
+    keep_T = torch.ones_like(before_T, dtype=torch.bool)
+    for segment, prompt in zip(batch.segment_of_B, batch.prompt_of_B, strict=True):
+        begin, end = batch.bounds_S[segment]
+        if begin < end:
+            before_T[begin] = batch.bounds_S[prompt][1] - 1  # a completion goes on from its prompt
+    for segment, (begin, end) in enumerate(batch.bounds_S):
+        if segment not in own:
+            if end - begin < 2 and batch.completions:
+                raise ValueError("a prompt of one token: multi-token prediction reads two; leave it out, or set its weight to 0")
+            keep_T[begin] = end - begin < 2  # a pass of weight zero keeps its one row
+    before_T.clamp_(min=0)
+    place_T = keep_T.cumsum(0) - 1
+    bounds = tuple((int(place_T[b]) + (not keep_T[b]), int(place_T[e - 1]) + 1) if b < e else (0, 0) for b, e in batch.bounds_S)
+    rows = replace(
+        batch, tokens_T=batch.tokens_T[keep_T], position_T=(batch.position_T[keep_T] - 1).clamp(min=0), segment_T=batch.segment_T[keep_T],
+        count_T=batch.count_T[keep_T], bounds_S=bounds, source_N=place_T[batch.source_N],
+    )  # fmt: skip
+    return rows, before_T[keep_T]
+
+
+def mtp_hidden(model: PreTrainedModel, hidden_TD: torch.Tensor, batch: TrainBatch, detach: bool) -> torch.Tensor:
+    """[N, D]: what the output head reads to predict each of the batch's tokens once more, a token further ahead.
+
+    hidden_TD is the trunk's last hidden state. `detach`: the trunk and the embedding get no gradient of it.
+    """
+    layer, decoder = mtp_layer(model), model.get_decoder()
+    assert layer is not None, "the policy has no multi-token prediction module"
+    rows, before_R = mtp_rows(batch)
+    embedded_RD = decoder.embed_tokens(rows.tokens_T)
+    if detach:
+        hidden_TD, embedded_RD = hidden_TD.detach(), embedded_RD.detach()
+    x = layer.combine(embedded_RD, hidden_TD[before_R])[None]
+    position = rows.position_T[None]
+    out = layer(x, position_ids=position, position_embeddings=decoder.rotary_emb(x, position), cohort=layout_of(rows))
+    return layer.shared_head["norm"](out[0][rows.source_N])
+
+
+def acceptance(head: nn.Module, hidden_ND: torch.Tensor, ahead_ND: torch.Tensor, temperature: float, rows: int = 256) -> float:
+    """How often the trunk would accept the module's draft: the mean over N of sum_x min(p(x), q(x)).
+
+    That is the chance that speculative sampling keeps a token drafted from q where p is wanted (arXiv:2211.17192, corollary 3.6).
+    """
+    total = 0.0
+    with torch.no_grad():
+        for hidden, ahead in zip(hidden_ND.split(rows), ahead_ND.split(rows), strict=True):
+            p, q = ((head(x).float() / temperature).softmax(-1) for x in (hidden, ahead))
+            total += float(torch.minimum(p, q).sum())
+    return total / max(1, len(hidden_ND))
+
+
+# --- what is saved ----------------------------------------------------------------------------------------------------
+
+
+def repeated(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """The embedding and head that a published checkpoint repeats for the module, by name; nothing if there is no module."""
+    if mtp_layer(model) is not None:
+        prefix = f"model.layers.{model.config.num_hidden_layers}."
+        yield prefix + SHARED[0], model.get_input_embeddings().weight
+        yield prefix + SHARED[1], model.get_output_embeddings().weight
