@@ -86,7 +86,9 @@ def mask_of(batch: TrainBatch, block: int = 128) -> BlockMask:
     for table in (some & ~full, full):
         indices = table.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
         tables += [x.to(batch.tokens_T.device, torch.int32)[None, None] for x in (table.sum(-1), indices)]
-    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=block, mask_mod=sees(batch), seq_lengths=(length, length))
+    return BlockMask.from_kv_blocks(
+        tables[0], tables[1], tables[2], tables[3], BLOCK_SIZE=block, mask_mod=sees(batch), seq_lengths=(length, length)
+    )
 
 
 def _blocks(batch: TrainBatch, length: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
