@@ -6,6 +6,7 @@ result depends on the rows and the config alone.
 """
 
 import tempfile
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,13 @@ class Cleaning:
         self._decontaminator = Decontaminator(config.against, columns) if config.against else None
         self._goes = bytearray()
         """1 for each row of the source that does not stay."""
+        self._passed = array("q")
+        """Which rows dedup was given."""
+        self._lines = array("q")
+        """Where they stand in their files."""
+        self._in_file = array("H")
+        """Which of `_files` that is."""
+        self._files: dict[str, int] = {}
 
     @property
     def stages(self) -> list[str]:
@@ -78,7 +86,6 @@ class Cleaning:
 
     def rejections(self) -> Iterator[Rejection]:
         """Every row that goes, each once: those that a filter rejects, in the source's order, then the copies."""
-        survivors: list[int] = []
         with tempfile.TemporaryDirectory(dir=self._work, prefix=".cleaning-") as folder:
             with Dedup(self.config.exact, self.config.near, Path(folder)) as dedup:
                 for row in self._source():
@@ -87,7 +94,6 @@ class Cleaning:
                     if rejection is not None:
                         yield self._counted(rejection)
                 duplicates = dedup.duplicates()
-            del survivors
         self.counts["read"] = len(self._goes)
         yield from self._copies(duplicates)
         self.counts["kept"] = len(self._goes) - sum(self._goes)
@@ -103,22 +109,23 @@ class Cleaning:
             hit = hits[0]
             return Rejection(row, text.id, "contamination", f"{hit.coverage:.0%} of {hit.evaluation}: '{hit.matched}'")
         dedup.add(text, self._quality(row.values))
+        self._passed.append(len(self._goes))
+        self._lines.append(row.number)
+        self._in_file.append(self._files.setdefault(row.file, len(self._files)))
         return None
 
     def _copies(self, duplicates: Mapping[int, Duplicate]) -> Iterator[Rejection]:
-        """Rejections of copies; a copy names the row that stays, which may come later: its place is found first."""
+        """Rejections of copies, in the source's order; each says where the row stands that stays."""
         if not duplicates:
             return
-        wanted = {duplicate.of for duplicate in duplicates.values()}
-        places = {index: row.place for index, (_, row) in enumerate(self._staying()) if index in wanted}
-        going = []
-        for index, (number, row) in enumerate(self._staying()):
-            if index in duplicates:
-                duplicate = duplicates[index]
-                alike = "" if duplicate.reason == "exact_duplicate" else f", Jaccard {duplicate.similarity:.2f}"
-                going.append(number)
-                text = row_text(row, self._columns)
-                yield self._counted(Rejection(row, text.id, duplicate.reason, f"of {places[duplicate.of]}{alike}"))
+        going = {self._passed[index]: duplicate for index, duplicate in duplicates.items()}
+        files = list(self._files)
+        for number, row in self._staying():
+            if number in going:
+                copy = going[number]
+                alike = "" if copy.reason == "exact_duplicate" else f", Jaccard {copy.similarity:.2f}"
+                detail = f"of {files[self._in_file[copy.of]]}:{self._lines[copy.of]}{alike}"
+                yield self._counted(Rejection(row, row_text(row, self._columns).id, copy.reason, detail))
         for number in going:
             self._goes[number] = 1
 

@@ -82,7 +82,7 @@ class Decontaminator:
     def _in_part(self, row: RowText, part: str) -> Iterator[Hit]:
         found, text = (row.prompt_words, row.prompt) if part == "prompt" else (row.completion_words, row.completion or "")
         in_order = grams(found, self._config.ngram)
-        shared = self._long.keys() & set(in_order)
+        shared = set(filter(self._long.__contains__, in_order))
         counts = Counter(number for gram in shared for number in self._long[gram])
         for number, count in counts.items():
             item = self._items[number]
@@ -90,7 +90,7 @@ class Decontaminator:
                 matched = self._longest_run(found, in_order, number)
                 yield Hit(row.id, part, item.place, item.text, matched, count / item.grams, item.allowed)
         for length, items in self._short.items():
-            for gram in items.keys() & set(grams(found, length)):
+            for gram in set(filter(items.__contains__, grams(found, length))):
                 if len(found) == length or _stands_alone(gram, text):
                     for number in items[gram]:
                         item = self._items[number]

@@ -14,9 +14,11 @@ counts is in many of them. Hashes have 64 bits and depend on the text alone, so 
 
 import hashlib
 import zlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 
@@ -35,7 +37,7 @@ RARE = 0.05
 """An answer of more than this share of the rows (yes, B) says nothing about them; up to 20 rows it always does."""
 FEW = 20
 """A shingle of so few rows is never boilerplate."""
-BINS = 1 << 24
+BINS = 1 << 21
 """Counters of shingles; a collision counts one too often and matters only beside sqrt(rows)."""
 LEADERS = 64
 """Rows of one bucket that another is compared with, at most."""
@@ -65,10 +67,10 @@ class NearDuplicates:
         self._waiting: list[list[str]] = []
         """Shingles of prompts and completions, in turns."""
         self._waiting_numbers: list[np.ndarray] = []
-        self._splits: list[int] = []
+        self._splits = array("l")
         """How many of a row's shingles are its prompt's."""
-        self._answers: list[int] = []
-        self._has_completion: list[bool] = []
+        self._answers = array("Q")
+        self._has_completion = bytearray()
         self._counts = np.zeros(BINS, np.uint32)
         self._cache: OrderedDict[int, list[np.ndarray]] = OrderedDict()
 
@@ -91,11 +93,13 @@ class NearDuplicates:
 
     def _flush(self) -> None:
         if self._waiting:
-            hashed = [np.unique(np.array(part, np.uint64)) for part in RMinHash.hash_token_sets(self._waiting)]
-            np.add.at(self._counts, np.concatenate(hashed) % BINS, 1)
-            self._splits += map(len, hashed[::2])
-            self._shingles.extend([np.concatenate(parts) for parts in zip(hashed[::2], hashed[1::2], strict=True)])
-            self._numbers.extend(self._waiting_numbers)
+            sizes = np.array([len(part) for part in self._waiting])
+            (flat,) = RMinHash.hash_token_sets([list(chain.from_iterable(self._waiting))])
+            values = np.array(flat, np.uint64)
+            np.add.at(self._counts, (values % BINS).astype(np.intp), np.uint32(1))
+            self._splits.extend(sizes[::2].tolist())
+            self._shingles.extend(values, sizes[::2] + sizes[1::2])
+            self._numbers.extend(np.concatenate(self._waiting_numbers), [len(found) for found in self._waiting_numbers])
             self._waiting, self._waiting_numbers = [], []
 
     def copies(self, quality: Sequence[float]) -> dict[int, Copy]:
@@ -120,8 +124,9 @@ class NearDuplicates:
     def _rare_answers(self) -> np.ndarray:
         """uint64 [rows]: the answer's hash, 0 where there is none or it is no evidence for being a copy."""
         self._gold = np.array(self._answers, np.uint64)
+        has_completion = np.frombuffer(self._has_completion, np.uint8).astype(bool)
         _, places, counts = np.unique(self._gold, return_inverse=True, return_counts=True)
-        says_nothing = (counts > max(FEW, RARE * len(self._gold)))[places] | np.array(self._has_completion, bool)
+        says_nothing = (counts > max(FEW, RARE * len(self._gold)))[places] | has_completion
         return np.where(says_nothing, np.uint64(0), self._gold)
 
     # --- candidates -----------------------------------------------------------------------------------------------------
@@ -139,7 +144,7 @@ class NearDuplicates:
             with np.errstate(over="ignore"):
                 whole = np.add.reduceat(np.append(values * _MIX[3] ^ values >> np.uint64(7), np.uint64(0)), offsets[:-1].astype(np.int64))
             whole[np.diff(offsets.astype(np.int64)) == 0] = 0
-            self._bands.extend([*keys.T, whole])
+            self._bands.extend(np.concatenate([*keys.T, whole]), [len(whole)] * (BANDS + 1))
 
     def _buckets(self, band: int) -> Iterator[np.ndarray]:
         """Rows that agree in a band, two or more, in ascending order."""
@@ -149,9 +154,9 @@ class NearDuplicates:
         order = np.argsort(keys, kind="stable")
         ends = np.flatnonzero(np.diff(keys[order], append=keys[order[-1:]] + np.uint64(1)))
         starts = np.concatenate([[0], ends[:-1] + 1])
-        for start, end in zip(starts, ends, strict=True):
-            if end > start and keys[order[start]] != 0:
-                yield order[start : end + 1]
+        shared = np.flatnonzero((ends > starts) & (keys[order[starts]] != 0))
+        for start, end in zip(starts[shared].tolist(), ends[shared].tolist(), strict=True):
+            yield order[start : end + 1]
 
     def _link(self, bucket: np.ndarray, clusters: "_Clusters") -> None:
         leaders: list[int] = []
@@ -267,8 +272,8 @@ def _shingles(found: Sequence[str]) -> list[str]:
 
 
 def _numbers(found: Sequence[str]) -> np.ndarray:
-    """uint64: hashes of the words that hold a digit at either end, each once."""
-    return np.array(sorted({zlib.crc32(word.encode()) for word in found if word[0].isdigit() or word[-1].isdigit()}), np.uint64)
+    """uint64: hashes of the words that hold a digit, each once."""
+    return np.array([zlib.crc32(word.encode()) for word in set(found) if not word.isalpha() and word not in "-+*/^=<>"], np.uint64)
 
 
 def _exchanged(ours: np.ndarray, theirs: np.ndarray) -> bool:

@@ -36,35 +36,54 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], columns: Mapping[s
 
 
 def write_any_rows(path: Path, read: Callable[[], Iterable[Mapping[str, Any]]], like: Path | None = None) -> None:
-    """The same for rows whose columns are not known before; `read` is called twice, as their types are found out first.
+    """The same for rows whose columns are not known before. `like`: a parquet file whose columns they have.
 
-    `like`: a parquet file whose columns they have. InputError if a column cannot have one type.
+    Columns are those of the first rows. Should later ones have others, all are read for theirs, and `read` is called again.
+    InputError if a column cannot have one type.
     """
-    if like is not None:
-        _write(path, read(), pq.read_schema(like))
-        return
-    schema = pa.schema([])
     try:
-        for batch in _batches(read()):
-            schema = pa.unify_schemas([schema, pa.schema(list(pa.array(batch).type))], promote_options="permissive")
-        # A column that is null in every row is text to readers that know no null type.
-        schema = pa.schema([field if field.type != pa.null() else field.with_type(pa.string()) for field in schema])
-        _write(path, read(), schema)
+        schema = pq.read_schema(like) if like is not None else _schema(islice(read(), BATCH_ROWS))
+        try:
+            _write(path, read(), schema, check=like is None)
+        except _OtherColumnsError:
+            _write(path, read(), _schema(read()))
     except (pa.ArrowException, UnicodeEncodeError) as error:
         raise InputError(f"{path}: these rows are no table ({' '.join(str(error).split())}); write a .jsonl file instead") from None
 
 
-def _write(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
+class _OtherColumnsError(Exception):
+    """A row has what the schema does not."""
+
+
+def _schema(rows: Iterable[Mapping[str, Any]]) -> pa.Schema:
+    schema = pa.schema([])
+    for batch in _batches(rows):
+        schema = pa.unify_schemas([schema, pa.schema(list(pa.array(batch).type))], promote_options="permissive")
+    # A column that is null in every row is text to readers that know no null type.
+    return pa.schema([field if field.type != pa.null() else field.with_type(pa.string()) for field in schema])
+
+
+def _write(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema, check: bool = False) -> None:
     aside = path.with_name(f".{path.name}.tmp")
     try:
         with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
             for batch in _batches(rows):
+                if check and not _holds(schema, pa.schema(list(pa.array(batch).type))):
+                    raise _OtherColumnsError
                 writer.write_batch(pa.RecordBatch.from_struct_array(pa.array(batch, pa.struct(list(schema)))))
         _sync(aside)
         os.replace(aside, path)
         _sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _holds(schema: pa.Schema, other: pa.Schema) -> bool:
+    """Whether rows of the other schema lose nothing in this one."""
+    try:
+        return set(other.names) <= set(schema.names) and pa.unify_schemas([schema, other], promote_options="permissive") == schema
+    except pa.ArrowException:
+        return False
 
 
 def _batches(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:

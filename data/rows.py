@@ -6,7 +6,7 @@ with `messages`; which column is which is found by its name or told. Rows are re
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,7 +101,7 @@ def row_text(row: SourceRow, columns: Mapping[str, Sequence[str]] = COLUMNS) -> 
         there = ", ".join(values) or "(none)"
         raise InputError(f"{row.place}: no prompt: the row has the columns {there}; say which is the prompt, as in --columns prompt=NAME")
     found_id = next((values[name] for name in columns["id"] if values.get(name) not in (None, "")), None)
-    row_id = f"{Path(row.file).stem}-{row.number}" if found_id is None else str(found_id)
+    row_id = f"{_stem(row.file)}-{row.number}" if found_id is None else str(found_id)
     completion_name = next((name for name in columns["completion"] if name in values), None)
     prompt, problem = _as_text(values[name], name)
     completion: str | None = None
@@ -117,6 +117,11 @@ def row_text(row: SourceRow, columns: Mapping[str, Sequence[str]] = COLUMNS) -> 
     finish_reason = values.get("finish_reason")
     gold = _gold(values, columns["answer"])
     return RowText(row_id, prompt, completion, gold, finish_reason if isinstance(finish_reason, str) else None, problem)
+
+
+@lru_cache(maxsize=64)
+def _stem(file: str) -> str:
+    return Path(file).stem
 
 
 def _second(first_problem: str, text: str, problem: str) -> tuple[str, str]:

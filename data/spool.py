@@ -26,12 +26,11 @@ class ArraySpool:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
 
-    def extend(self, arrays: Sequence[np.ndarray]) -> None:
-        """Appends some rows."""
-        if arrays:
-            self._file.write(np.concatenate(arrays).astype(np.uint64).tobytes())
-            self._ends.append(self._ends[-1][-1] + np.cumsum([len(array) for array in arrays]))
-            self._offsets = None
+    def extend(self, values: np.ndarray, sizes: np.ndarray | Sequence[int]) -> None:
+        """Appends some rows: the values of all of them, and how many are each row's."""
+        self._file.write(values.astype(np.uint64, copy=False).tobytes())
+        self._ends.append(self._ends[-1][-1] + np.cumsum(sizes))
+        self._offsets = None
 
     @property
     def offsets(self) -> np.ndarray:
