@@ -3,8 +3,8 @@
 Rows are made: a prompt of 50 words and a completion of 70 with words as frequent as in English, and of every hundred rows two are
 near copies of earlier ones and one is an exact copy. The chain is `data.clean` as a user calls it (every filter but the language
 identifier, decontamination against 1,000 prompts, exact and near dedup, parquet files), in a process of its own for each size, so
-that peak memory is its own. Seconds are those of CPU time, so that other work on the machine counts little. Against datasketch both sides take the same rows in the same process, in turns of 500. It is run by
-hand, pinned to one core; nothing in it is asserted."""
+that peak memory is its own. Seconds are CPU seconds, in which other work on the machine counts little. Against datasketch both
+sides take the same rows in the same process, in turns of 500. It is run by hand; nothing in it is asserted."""
 
 import json
 import random
@@ -77,10 +77,9 @@ def against_datasketch(size: int) -> None:
         began = time.process_time()
         copies = near.copies([0.0] * size)
         seconds["ours"] += time.process_time() - began
-    print(f"near dedup of {size:,} rows, ours: {size / seconds['ours']:,.0f} rows/s, {len(copies)} copies, each verified")
-    print(
-        f"  datasketch: {size / seconds['datasketch']:,.0f} rows/s, {candidates} candidates; ours is {seconds['datasketch'] / seconds['ours']:.1f} times as fast"
-    )
+    ours, theirs = size / seconds["ours"], size / seconds["datasketch"]
+    print(f"near dedup of {size:,} rows, ours: {ours:,.0f} rows/s, {len(copies)} copies, each verified")
+    print(f"  datasketch: {theirs:,.0f} rows/s, {candidates} candidates; ours is {ours / theirs:.1f} times as fast", flush=True)
 
 
 def write_rows(folder: Path, size: int) -> None:
