@@ -18,6 +18,7 @@ from data.page import page
 from data.recipe import InputError
 from data.rows import read_files
 from data.statistics import BINS, Statistics, count_kept, sample_rejected
+from data.text import visible
 
 CARD_FILES = ("report.json", "recipe.yaml", "licences.json", "contamination.jsonl")
 """What a card is made of, beside the rows."""
@@ -136,7 +137,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _cell(text: str) -> str:
     """Text in a table of Markdown: one line, no markup."""
-    return re.sub(r"([\\|`*_<>\[\]#!~])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\|`*_<>\[\]#!~])", r"\\\1", " ".join(visible(text).split()))
 
 
 def _parse_licence(text: str) -> tuple[str, str]:

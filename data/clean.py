@@ -17,9 +17,10 @@ import pydantic
 
 from data.clean_config import AgainstConfig, CleanConfig
 from data.cleaning import Cleaning, Rejection
-from data.files import check_output, progress, run_command, write_file, write_lines
+from data.files import check_output, json_line, progress, run_command, write_file, write_lines
 from data.recipe import InputError, Section, from_overrides, read_recipe
 from data.rows import SourceRow, parse_columns, read_files
+from data.text import visible
 
 REJECTED_COLUMNS = {"file": "string", "row": "int64", "id": "string", "reason": "string", "detail": "string", "content": "string"}
 """`row` is the line or row in its file, `content` the whole row as JSON."""
@@ -65,7 +66,7 @@ def clean_command(given: argparse.Namespace) -> None:
 
         cleaning = Cleaning(config, source, beside, columns)
         write_rejected(rejected_path, cleaning.rejections())
-        write_lines(hits_path, (json.dumps(dataclasses.asdict(hit), ensure_ascii=False) for hit in cleaning.hits))
+        write_lines(hits_path, (json_line(dataclasses.asdict(hit)) for hit in cleaning.hits))
         like = Path(inputs[0]) if len(inputs) == 1 and config.fim is None else None
         write_file(given.out, lambda: (row.values for row in cleaning.kept()), like)
     report = clean_report(cleaning, inputs)
@@ -105,12 +106,9 @@ def write_rejected(path: Path, rejections: Iterator[Rejection]) -> None:
 def rejected_row(rejection: Rejection) -> dict[str, Any]:
     """A row of `rejected.parquet`."""
     row = rejection.row
-    # Half a surrogate pair is escaped, as parquet takes Unicode alone.
-    content = json.dumps(row.values, ensure_ascii=False, default=str)
-    detail = rejection.detail.encode(errors="backslashreplace").decode()
-    if not content.isascii() and any("\ud800" <= character <= "\udfff" for character in content):
-        content = json.dumps(row.values, default=str)
-    return {"file": row.file, "row": row.number, "id": rejection.id, "reason": rejection.reason, "detail": detail, "content": content}
+    detail = visible(rejection.detail)
+    row_id, content = visible(rejection.id), json_line(row.values)
+    return {"file": row.file, "row": row.number, "id": row_id, "reason": rejection.reason, "detail": detail, "content": content}
 
 
 def clean_report(cleaning: Cleaning, inputs: Sequence[str]) -> dict[str, Any]:

@@ -39,14 +39,22 @@ def write_file(path: Path, read: Callable[[], Iterable[Mapping[str, Any]]], like
 
         write_any_rows(path, read, like if like is not None and like.suffix == ".parquet" else None)
     else:
-        write_lines(path, (json.dumps(row, ensure_ascii=False, default=str) for row in read()))
+        write_lines(path, map(json_line, read()))
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """A row as JSON that UTF-8 can hold: half a surrogate pair, which JSON can write, stays escaped."""
+    line = json.dumps(row, ensure_ascii=False, default=str)
+    if line.isascii() or not any("\ud800" <= character <= "\udfff" for character in line):
+        return line
+    return json.dumps(row, default=str)
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """A text file, a line each; aside, synced, renamed."""
     aside = path.with_name(f".{path.name}.tmp")
     try:
-        with aside.open("w", encoding="utf-8", errors="surrogatepass", newline="\n") as file:
+        with aside.open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(f"{line}\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())

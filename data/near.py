@@ -5,8 +5,9 @@ are as alike as copies with a few words changed. So two rows are one only if
 
 - their shingles are similar, and so are those that are no boilerplate (a shingle of more than sqrt(rows) rows is boilerplate);
 - so are their prompts, and their completions: other answers to one long prompt are no copies;
+- they stay similar if a difference counts twice that other rows have too, as what fills the places of a template does;
 - neither has been given other numbers: not each holds a number that the other lacks;
-- their gold answers do not differ. Prompts whose answers are the same, and rare in the data, need less similarity.
+- their gold answers do not differ. Prompts that have the same one, a number or formula rare in the data, need less similarity.
 
 Everything that is kept of a row's text is its shingles' hashes, in a file. Time is near linear in the rows, as no shingle that
 counts is in many of them. Hashes have 64 bits and depend on the text alone, so that the result depends on the rows alone.
@@ -34,7 +35,7 @@ SEED = 20_240
 CHUNK = 2_000
 """Rows that are hashed at once."""
 RARE = 0.05
-"""An answer of more than this share of the rows (yes, B) says nothing about them; up to 20 rows it always does."""
+"""An answer of more than this share of the rows says nothing about them, if they are more than 20."""
 FEW = 20
 """A shingle of so few rows is never boilerplate."""
 BINS = 1 << 21
@@ -71,6 +72,8 @@ class NearDuplicates:
         """How many of a row's shingles are its prompt's."""
         self._answers = array("Q")
         self._has_completion = bytearray()
+        self._has_number = bytearray()
+        """Whether the answer holds a digit; a name or `yes` is one of a few that there can be."""
         self._counts = np.zeros(BINS, np.uint32)
         self._cache: OrderedDict[int, list[np.ndarray]] = OrderedDict()
 
@@ -88,6 +91,7 @@ class NearDuplicates:
         self._waiting_numbers.append(_numbers([*prompt, *(completion or ())]))
         self._has_completion.append(completion is not None)
         self._answers.append(_digest(answer) if answer is not None else 0)
+        self._has_number.append(answer is not None and any(character.isdigit() for character in answer))
         if len(self._waiting) >= 2 * CHUNK:
             self._flush()
 
@@ -124,9 +128,9 @@ class NearDuplicates:
     def _rare_answers(self) -> np.ndarray:
         """uint64 [rows]: the answer's hash, 0 where there is none or it is no evidence for being a copy."""
         self._gold = np.array(self._answers, np.uint64)
-        has_completion = np.frombuffer(self._has_completion, np.uint8).astype(bool)
+        is_evidence = np.frombuffer(self._has_number, np.uint8) > np.frombuffer(self._has_completion, np.uint8)
         _, places, counts = np.unique(self._gold, return_inverse=True, return_counts=True)
-        says_nothing = (counts > max(FEW, RARE * len(self._gold)))[places] | has_completion
+        says_nothing = (counts > max(FEW, RARE * len(self._gold)))[places] | ~is_evidence
         return np.where(says_nothing, np.uint64(0), self._gold)
 
     # --- candidates -----------------------------------------------------------------------------------------------------
@@ -185,6 +189,8 @@ class NearDuplicates:
         similarity = _jaccard(np.concatenate(ours), np.concatenate(theirs))
         if similarity < threshold or _exchanged(self._numbers.row(a), self._numbers.row(b)):
             return None
+        if not self._rare[a] and self._varied(ours, theirs) < threshold:
+            return None
         if similarity < 1.0:
             telling = [np.concatenate(row)[self._telling(np.concatenate(row))] for row in (ours, theirs)]
             if _jaccard(*telling) < BOILERPLATE_SHARE * threshold:
@@ -192,6 +198,14 @@ class NearDuplicates:
             if any(_jaccard(x, y) < PART_SHARE * threshold for x, y in zip(ours, theirs, strict=True) if len(x) or len(y)):
                 return None
         return similarity
+
+    def _varied(self, ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
+        """Their similarity if a difference counts twice that stands in other rows too, as what fills a template's place does."""
+        one, other = np.concatenate(ours), np.concatenate(theirs)
+        differences = np.setxor1d(one, other)
+        common = len(np.intersect1d(one, other))
+        twice = int((self._counts[differences % BINS] > self._usual // 4).sum())
+        return common / max(1, common + len(differences) + twice)
 
     def _telling(self, shingles: np.ndarray) -> np.ndarray:
         """Which are no boilerplate."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from data.rows import SourceRow
+from data.text import visible
 
 SHOWN_CHARS = 4_000
 """Longest text that is shown whole."""
@@ -55,16 +56,7 @@ def _text(value: Any) -> str:
     shown = str(value)
     if len(shown) > SHOWN_CHARS:
         shown = f"{shown[:SHOWN_CHARS]} … ({len(shown) - SHOWN_CHARS:,} more characters)"
-    visible = "".join(character if _is_shown(character) else f"\\u{ord(character):04x}" for character in shown)
-    return html.escape(visible, quote=True)
-
-
-def _is_shown(character: str) -> bool:
-    # Controls, halves of surrogate pairs, and marks that reverse the text around them.
-    code = ord(character)
-    if code < 0x20:
-        return character in "\n\t"
-    return not (0x7F <= code < 0xA0 or 0xD800 <= code < 0xE000 or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069)
+    return html.escape(visible(shown), quote=True)
 
 
 def _bar(label: str, rows: int, most: int, attribute: str) -> str:

@@ -34,6 +34,18 @@ def repeated_share(found: Sequence[tuple[str, ...]]) -> float:
     return 1.0 - len(set(found)) / len(found) if found else 0.0
 
 
+def visible(text: str) -> str:
+    """Text as people may see it: what cannot be shown, or reverses the text around it, is written as its number."""
+    return "".join(character if _can_be_seen(ord(character)) else f"\\u{ord(character):04x}" for character in text)
+
+
+def _can_be_seen(code: int) -> bool:
+    # Controls, halves of surrogate pairs, and marks of direction.
+    if code < 0x20:
+        return code in (0x09, 0x0A)
+    return not (0x7F <= code < 0xA0 or 0xD800 <= code < 0xE000 or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069)
+
+
 def split_reasoning(completion: str) -> tuple[str | None, str]:
     """(reasoning, answer). The reasoning is None where nothing marks one; a completion may hold only the end of it, as some chat
     templates open `<think>` themselves. The answer is empty where the reasoning does not end."""

@@ -70,7 +70,7 @@ def test_planted_copies_are_all_found_and_nothing_else_is(test_data, tmp_path):
 
 def test_a_record_with_three_words_changed_is_found_without_a_gold_answer(test_data, tmp_path):
     rng = random.Random(1)
-    rows = gsm8k(test_data, 300)
+    rows = [row for row in gsm8k(test_data, 1_000) if len(f"{row['question']} {row['answer']}".split()) >= 80][:300]
     texts = [RowText(str(n), row["question"], row["answer"], None) for n, row in enumerate(rows)]
     copies = [RowText("c", changed(text.prompt, rng), text.completion, None) for text in texts[:100]]
     found = best_of([*texts, *copies], True, NearConfig(), tmp_path)
@@ -89,20 +89,22 @@ TEMPLATES = [
 ]
 
 
-def templated(count: int, seed: int) -> list[str]:
+def templated(count: int, seed: int) -> dict[str, str]:
+    """Text -> its gold answer: a number, or a name where names alone fill the places."""
     rng = random.Random(seed)
-    texts: dict[str, None] = {}
+    texts: dict[str, str] = {}
     while len(texts) < count:
         a, b, c, d = rng.sample(NAMES, 4)
         x, y, z = rng.sample(range(2, 400), 3)
         values = {"a": a, "b": b, "c": c, "d": d, "x": x, "y": y, "z": z, "i": rng.choice(ITEMS), "e": rng.choice(["first", "second"])}
-        texts[TEMPLATES[len(texts) % len(TEMPLATES)].format(**values)] = None
-    return list(texts)
+        number = len(texts) % len(TEMPLATES)
+        texts[TEMPLATES[number].format(**values)] = str((x + y - z, x * y - z, x - y + z, a, a)[number])
+    return texts
 
 
 @pytest.mark.parametrize("gold", [True, False])
 def test_a_thousand_rows_that_share_only_templates_all_stay(gold, tmp_path):
-    rows = [prompt(text, str(len(text) % 97) if gold else None) for text in templated(1_000, seed=3)]
+    rows = [prompt(text, answer if gold else None) for text, answer in templated(1_000, seed=3).items()]
     assert duplicates(tmp_path, *rows) == {}
 
 
