@@ -71,6 +71,7 @@ def evaluate_policy(recipe: TrainRecipe, logs: Path) -> "list[Evaluation]":
     from rl.engines.base import Sampling
     from rl.engines.make import make_engines
     from rl.evaluation import evaluate
+    from rl.fp8.folder import engine_policy
     from rl.policy import load_tokenizer, policy_folder
     from rl.pool import RolloutPool
 
@@ -83,7 +84,7 @@ def evaluate_policy(recipe: TrainRecipe, logs: Path) -> "list[Evaluation]":
     passes = [(config.samples, config.temperature)]
     if config.greedy and config.temperature > 0.0:
         passes.append((1, 0.0))
-    engines = make_engines(recipe.rollout, recipe.policy, source, max_model_len, logs)
+    engines = make_engines(recipe.rollout, recipe.policy, engine_policy(recipe.policy, source, logs / "policy"), max_model_len, logs)
     found = []
     with Scorer(recipe.rewards, log_dir=logs) as scorer, RolloutPool(engines, stall_s=recipe.rollout.stall_s, say=_say) as pool:
         for samples, temperature in passes:

@@ -23,7 +23,7 @@ from rl.logp import logp_and_entropy
 from rl.lora import adapter_off, has_adapter
 from rl.loss import policy_loss
 from rl.optim import AdamW, learning_rate
-from rl.policy import checkpoint_specs, checkpoint_views
+from rl.policy import checkpoint_specs, checkpoint_views, exported_codes
 from rl.ranks import Ranks
 from rl.replay import Replay
 from rl.router import Router
@@ -184,10 +184,12 @@ class Learner:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a checkpoint needs beside the policy's files: the optimizer's tensors, and weights that the files do not have as they are.
 
-        Those are an adapter's, which the files have merged, and sharded masters, which the files have in the type of the layers.
+        Those are an adapter's, which the files have merged, sharded masters, which the files have in the type of the layers, and the
+        masters of codes.
         """
         apart = self.adapter or self.sharded is not None
-        weights = {f"{name}/weight": p.detach() for name, p in self.optim.parameters} if apart else {}
+        codes = exported_codes(self.model)
+        weights = {f"{name}/weight": p.detach() for name, p in self.optim.parameters if apart or name in codes}
         return self.optim.state_dict() | weights | self.router.state_dict()
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -30,7 +30,9 @@ from rl.config import TrainRecipe
 from rl.engines.make import make_engines
 from rl.engines.nccl import NcclSync
 from rl.engines.vllm import preload
-from rl.engines.weights import TensorSpec, read_manifest
+from rl.engines.weights import Manifest, TensorSpec, read_manifest
+from rl.fp8.convert import Masters, fp8_model
+from rl.fp8.folder import engine_policy
 from rl.inputs import check_gpus, check_router, read_prompt_sets
 from rl.learner import Learner
 from rl.lora import add_adapter
@@ -47,7 +49,11 @@ from rl.stream import GroupStream, SharedStream
 from rl.sync import WeightSync
 
 PR_SET_PDEATHSIG = 1
-CHECKPOINT_BYTES = {"fp32": {"fp32": 4 + 8, "bf16": 4 + 4}, "bf16": {"fp32": 2 + 4 + 8, "bf16": 2 + 4 + 4}}
+CHECKPOINT_BYTES = {
+    "fp32": {"fp32": 4 + 8, "bf16": 4 + 4},
+    "bf16": {"fp32": 2 + 4 + 8, "bf16": 2 + 4 + 4},
+    "fp8": {"fp32": 1 + 4 + 8, "bf16": 1 + 4 + 4},
+}
 """Bytes a parameter takes in a checkpoint, by precision and moments: weights, FP32 masters unless they are the weights, moments."""
 
 
@@ -100,12 +106,14 @@ def _open(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks, stack: ExitStack
     if prompts is not None:
         _say_prompts(run, prompts, held_out)
     stack.enter_context(run.display)
-    stream = None
+    stream, manifest = None, None
     if prompts is not None:
         run.held_out = held_out.prompts if held_out else ()
-        stream = _open_rollouts(run, source, prompts, longest, stack)
+        begin_with = engine_policy(recipe.policy, source, folder.path / "engine_policy")
+        manifest = _manifest(run.learner, begin_with)
+        stream = _open_rollouts(run, begin_with, prompts, longest, stack)
     run.stream = SharedStream(ranks, stream)
-    run.sync = _sync(run, source)
+    run.sync = _sync(run, manifest)
     stack.callback(run.sync.close)
     if ranks.main:
         run.pool.catch_up = run.sync.replay
@@ -124,27 +132,41 @@ def _prompts(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[P
 def _learner(run: Run, source: Path) -> Learner:
     """The learner with the weights of the newest checkpoint, or of the policy."""
     recipe, ranks = run.recipe, run.ranks
-    compute = DTYPES[recipe.policy.precision]
+    fp8 = recipe.policy.fp8 if recipe.policy.precision == "fp8" else None
+    compute = DTYPES[fp8.rest if fp8 else recipe.policy.precision]
     sharded = compute if wanted() else None
     if sharded is not None and recipe.policy.lora is not None:
         raise InputError("policy.lora: adapters with FSDP are not there yet; launch without it, or train all weights")
 
+    masters_bf16 = recipe.learner.optimizer.masters == "bf16"
+    if sharded is not None and masters_bf16:
+        raise InputError("learner.optimizer.masters: what FSDP shards are FP32 masters; set fp32, or launch without it")
+
     # With it transformers loads zeros on all ranks but the first and counts on a broadcast; here each keeps its share of its own copy.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
-    def load(folder: Path) -> PreTrainedModel:
-        model = load_model(folder, torch.float32 if sharded is not None else compute)  # what is sharded are the FP32 masters
+    def load(folder: Path, masters: Masters) -> PreTrainedModel:
+        if fp8 is not None:
+            kind = torch.bfloat16 if masters_bf16 else torch.float32
+            rest = torch.float32 if sharded is not None else None
+            model = fp8_model(folder, fp8, ranks.device, masters=masters, master_type=kind, rest=rest)
+        else:
+            model = load_model(folder, torch.float32 if sharded is not None else compute)  # what is sharded are the FP32 masters
         if sharded is not None:
             shard(model, ranks, compute)
         return model.to(ranks.device)
 
     # With an adapter a checkpoint's weights are merged; base weights and adapter are read apart.
-    model = load(run.checkpoints.path(run.start) if run.start and recipe.policy.lora is None else source)
+    model = load(
+        run.checkpoints.path(run.start) if run.start and recipe.policy.lora is None else source,
+        "trained" if recipe.policy.lora is None else "values",
+    )
     if recipe.policy.lora is not None:
         add_adapter(model, recipe.policy.lora, recipe.run.seed)
     reference = None
     if recipe.loss.kl_coef > 0.0 and recipe.policy.lora is None:
-        reference = load(source).requires_grad_(False)
+        # Sharded, all ranks hold a part of it, and codes of parts are not gathered: it stays a master that nobody trains.
+        reference = load(source, "none" if sharded is None else "trained").requires_grad_(False)
     if recipe.policy.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # transformers recomputes in training mode alone; dropout is checked in the attention
@@ -199,11 +221,12 @@ def _check_room(run: Run) -> None:
     check_room(run.folder.path, parameters * each * missing)
 
 
-def _sync(run: Run, source: Path) -> WeightSync | NcclSync:
+def _sync(run: Run, manifest: Manifest | None) -> WeightSync | NcclSync:
+    """manifest: on rank 0, what every update brings."""
     engines = run.pool.engines if run.ranks.main else ()
     if run.recipe.rollout.weights == "nccl":
-        return NcclSync(engines, _manifest(run.learner, source), run.ranks)
-    return WeightSync(engines, _manifest(run.learner, source)) if run.ranks.main else WeightSync()
+        return NcclSync(engines, manifest or {}, run.ranks)
+    return WeightSync(engines, manifest)
 
 
 def _manifest(learner: Learner, source: Path) -> dict[str, TensorSpec]:

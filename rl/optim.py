@@ -3,6 +3,9 @@
 DeepSeek-V3 (arXiv:2412.19437, section 3.3.3) keeps masters and gradients in FP32 and both moments in BF16. A parameter that is FP32
 already is its own master. Gradients of lower-precision parameters are added up in FP32 over the passes of a step, each as soon as
 autograd has it, so a step of many small passes loses nothing.
+
+With BF16 masters there is no second copy of a BF16 parameter. Rounded to nearest, an update of less than 2^-9 of a weight would be lost
+every time; so it is rounded up or down at random, up with the probability that keeps the mean.
 """
 
 from collections.abc import Iterable, Iterator
@@ -31,7 +34,8 @@ class AdamW:
                 "exp_avg_sq": torch.zeros_like(p, dtype=moment),
             }
             if p.dtype != kind:
-                self.state[name]["master"] = p.detach().to(kind)
+                if config.masters == "fp32":
+                    self.state[name]["master"] = p.detach().to(kind)
                 p.register_post_accumulate_grad_hook(lambda q, name=name, kind=kind: self._collect(name, q, kind))
 
     def _collect(self, name: str, parameter: torch.nn.Parameter, kind: torch.dtype) -> None:
@@ -67,9 +71,9 @@ class AdamW:
         self.steps += 1
         beta1, beta2 = self.config.betas
         correction1, correction2 = 1 - beta1**self.steps, 1 - beta2**self.steps
-        for (name, grad), (_, p) in zip(self.grads(), self.parameters, strict=True):
+        for number, ((name, grad), (_, p)) in enumerate(zip(self.grads(), self.parameters, strict=True)):
             state = self.state[name]
-            master = state.get("master", p)
+            master = state.get("master", p if p.dtype == grad.dtype else p.to(grad.dtype))
             exp_avg = state["exp_avg"].to(grad.dtype).lerp_(grad, 1 - beta1)
             exp_avg_sq = state["exp_avg_sq"].to(grad.dtype).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             if p.ndim >= 2 and self.config.weight_decay:
@@ -77,8 +81,12 @@ class AdamW:
             master.addcdiv_(exp_avg, (exp_avg_sq / correction2).sqrt_().add_(self.config.eps), value=-lr / correction1)
             state["exp_avg"].copy_(exp_avg)
             state["exp_avg_sq"].copy_(exp_avg_sq)
-            if master is not p:
+            if "master" in state:
                 p.copy_(master)
+            elif master is not p:
+                # Steps and numbers of parameters are the same on every rank and after a resume, and so is the noise.
+                noise = torch.Generator(p.device).manual_seed(self.steps << 24 | number)
+                p.copy_(round_to_bf16(master, noise))
         self.zero_grad()
 
     def zero_grad(self) -> None:
@@ -90,6 +98,14 @@ class AdamW:
         """Flat, by tensor: `<parameter>/<what>`; the tensors themselves, so that a checkpoint is read in place."""
         flat = {f"{name}/{what}": tensor for name, tensors in self.state.items() for what, tensor in tensors.items()}
         return flat
+
+
+def round_to_bf16(x: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
+    """FP32 `x` rounded to one of its two BF16 neighbours, each with the probability that keeps the mean."""
+    bits = x.view(torch.int32)
+    noise_bits = torch.randint(0, 1 << 16, x.shape, generator=noise, device=x.device, dtype=torch.int32)
+    rounded = ((bits + noise_bits) & -(1 << 16)).view(torch.float32)  # a carry goes into the next exponent, as it should
+    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
 def _whole(x: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 Whether to shard, and how, is said by the accelerate config that the command is launched with (`recipes/accelerate_fsdp2.yaml`). The
 parameters are the FP32 masters, experts by whole expert (dimension 0); under bf16 precision each layer is gathered as BF16 and its
-gradients are reduced in FP32. Gradients are summed over ranks, not averaged: losses are divided by counts over all ranks already.
+gradients are reduced in FP32. The masters of an FP8 policy are gathered as they are, FP32, and become codes then: from whole 128x128
+blocks, whatever the number of ranks. Gradients are summed over ranks, not averaged: losses are divided by counts over all ranks already.
 
 The output head is gathered once a pass and not through FSDP's hooks: it runs in chunks, more of them on one rank than on another,
 and a collective in each would wait for ranks that have none.
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
 from data.recipe import InputError
+from rl.fp8.layout import coded, coded_modules
 from rl.ranks import Ranks
 
 
@@ -46,7 +48,13 @@ def shard(model: PreTrainedModel, ranks: Ranks, compute: torch.dtype) -> None:
         "offload_policy": CPUOffloadPolicy() if isinstance(plugin.cpu_offload, CPUOffloadPolicy) else OffloadPolicy(),
     }
     decoder = model.get_decoder()
+    as_they_are = settings | {"mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
     for layer in decoder.layers:
+        masters = [module for _, module in coded_modules(layer)]
+        if masters:
+            for codes in coded(layer).values():
+                codes.keep = False
+            fully_shard(masters, **as_they_are)
         fully_shard(layer, **settings)
     fully_shard(decoder, **settings)
     for module in decoder.modules():

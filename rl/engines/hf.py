@@ -23,8 +23,10 @@ from safetensors.torch import load_file
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.values import Completion
+from rl.config import Fp8Config
 from rl.engines.base import Died, EngineDead, Finished, Health, Mailbox, Pulse, PULSE_s, Request, Sampling, WeightChunk
 from rl.engines.weights import read_chunk
+from rl.fp8.convert import fp8_model
 from rl.policy import checkpoint_views, end_tokens, load_model, load_tokenizer
 from rl.replay import RouteRecorder, give_routes
 
@@ -54,13 +56,23 @@ class HfEngine:
     whole_groups = True
 
     def __init__(
-        self, name: str, path: str, dtype: torch.dtype, slots: int, device: torch.device | str = "cpu", *, returns_routes: bool = False
+        self,
+        name: str,
+        path: str,
+        dtype: torch.dtype,
+        slots: int,
+        device: torch.device | str = "cpu",
+        fp8: Fp8Config | None = None,
+        *,
+        returns_routes: bool = False,
     ):
-        """returns_routes: completions come with the experts that each position was sent to, if the policy has any."""
+        """fp8: how an FP8 policy computes; its weights are codes then, and `dtype` is that of the rest. returns_routes: completions
+        come with the experts that each position was sent to, if the policy has any."""
         self.name = name
         self.slots = slots
         self.path = path
         self.dtype = dtype
+        self.fp8 = fp8
         self.device = torch.device(device)
         self.returns_routes = returns_routes
         self.version = 0
@@ -71,7 +83,7 @@ class HfEngine:
         self.close()
         if self.model is None:
             with _loading:
-                self.model = load_model(self.path, self.dtype, attention_name="sdpa").to(self.device)
+                self.model = self._load().to(self.device)
             self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.path)
             self.ends = frozenset(end_tokens(self.model.config, self.tokenizer, self.model.generation_config.eos_token_id))
             self.views = dict(checkpoint_views(self.model))
@@ -81,6 +93,11 @@ class HfEngine:
                 self._copy((name, tensor) for name, tensor in load_file(file).items() if name in self.views)
         self.version = 0
         self._life = _Life(self, self.model, mailbox)
+
+    def _load(self) -> PreTrainedModel:
+        if self.fp8 is None:
+            return load_model(self.path, self.dtype, attention_name="sdpa")
+        return fp8_model(Path(self.path), self.fp8, self.device, masters="none", attention_name="sdpa")
 
     def submit(self, requests: Sequence[Request]) -> None:
         life = self._alive()

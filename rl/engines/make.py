@@ -17,23 +17,27 @@ def make_engines(
 ) -> list[Engine]:
     """Engines `engine-0`, `engine-1`, … for the policy in `folder`, not started; a vLLM engine's output goes to a file in `logs`.
 
-    returns_routes: completions come with the experts that were chosen. InputError if this machine has GPUs, and fewer than needed.
+    `folder` is what `rl.fp8.folder.engine_policy` gives; vLLM computes FP8 policies in BF16 around the codes. returns_routes:
+    completions come with the experts that were chosen. InputError if this machine has GPUs, and fewer than needed.
     """
-    dtype = DTYPES[policy.precision]
+    codes = policy.precision == "fp8" and policy.lora is None
+    dtype = DTYPES[policy.fp8.rest if policy.precision == "fp8" else policy.precision]
     gpus = torch.cuda.device_count()
     check_gpus(rollout, gpus)
     engines: list[Engine] = []
     for number in range(rollout.engines):
         name = f"engine-{number}"
         if rollout.engine == "hf":
-            engines.append(HfEngine(name, str(folder), dtype, rollout.slots, "cuda" if gpus else "cpu", returns_routes=returns_routes))
+            fp8 = policy.fp8 if codes else None
+            device = "cuda" if gpus else "cpu"
+            engines.append(HfEngine(name, str(folder), dtype, rollout.slots, device, fp8, returns_routes=returns_routes))
             continue
         engines.append(
             VllmEngine(
                 name,
                 folder,
                 log_path=logs / f"{name}.log",
-                dtype="float32" if dtype is torch.float32 else "bfloat16",
+                dtype="float32" if dtype is torch.float32 and not codes else "bfloat16",
                 max_model_len=max_model_len,
                 slots=rollout.slots,
                 tensor_parallel=rollout.tensor_parallel,

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from data.recipe import InputError
+from rl import attention
 from rl.config import Fp8Config
 from rl.fp8 import experts
 from rl.fp8.backends import backend_named
@@ -30,9 +31,18 @@ weights are empty (an engine's copy, a reference)."""
 
 
 def convert(
-    model: PreTrainedModel, config: Fp8Config, device: torch.device, *, masters: Masters = "trained", given: Mapping[str, QTensor] = {}
+    model: PreTrainedModel,
+    config: Fp8Config,
+    device: torch.device,
+    *,
+    masters: Masters = "trained",
+    master_type: torch.dtype = torch.float32,
+    rest: torch.dtype | None = None,
+    given: Mapping[str, QTensor] = {},
 ) -> None:
     """Converts a model that is on its way to `device`; `given` are codes by the name of their master.
+
+    rest: of what is not converted, if not `config.rest`: where FSDP shards, everything is an FP32 master.
 
     InputError if the backend cannot run there, if nothing would be converted, or if the sizes of experts are no multiples of 128.
     """
@@ -52,7 +62,7 @@ def convert(
             matrices = [Codes(given.get(f"{name}.{matrix}")) for matrix in EXPERT_MATRICES]
             module.fp8 = ExpertCodes(matrices[0], matrices[1], backend, config.quantize_activations)
             model.config._experts_implementation = experts.NAME
-    _set_types(model, config, masters)
+    _set_types(model, masters, master_type, rest or REST[config.rest])
 
 
 def convertible(model: torch.nn.Module, keep: list[str]) -> Iterator[tuple[str, Any]]:
@@ -80,12 +90,14 @@ def _check_experts(name: str, module: Any) -> None:
 
 
 @torch.no_grad()
-def _set_types(model: PreTrainedModel, config: Fp8Config, masters: Masters) -> None:
-    codes, rest = coded(model), REST[config.rest]
+def _set_types(model: PreTrainedModel, masters: Masters, master_type: torch.dtype, rest: torch.dtype) -> None:
+    codes = coded(model)
     for name, parameter in model.named_parameters():
         if name not in codes:
             parameter.data = parameter.data.to(rest)
-        elif masters != "trained":
+        elif masters == "trained":
+            parameter.data = parameter.data.to(master_type)
+        else:
             held = codes[name].fix(parameter)
             parameter.data = held.dequantize(rest) if masters == "values" else parameter.data.new_empty(0)
             parameter.requires_grad_(False)
@@ -121,9 +133,9 @@ def _stack(rows: Sequence[Sequence[QTensor]]) -> QTensor:
 
 
 def fp8_model(
-    folder: Path, config: Fp8Config, device: torch.device, *, masters: Masters = "trained", attention_name: str
+    folder: Path, config: Fp8Config, device: torch.device, *, attention_name: str = attention.NAME, **how: Any
 ) -> PreTrainedModel:
-    """The policy of a folder, in high precision or in FP8, converted; on the CPU still."""
+    """The policy of a folder, in high precision or in FP8, converted; on the CPU still. `how` goes to `convert`."""
     model = load_model(folder, torch.float32, attention_name=attention_name)
-    convert(model, config, device, masters=masters, given=codes_in(folder, model, config.keep))
+    convert(model, config, device, given=codes_in(folder, model, config.keep), **how)
     return model

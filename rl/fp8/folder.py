@@ -11,26 +11,36 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from rl.config import Fp8Config
+from rl.config import Fp8Config, PolicyConfig
 from rl.experts import expert_views
 from rl.fp8.convert import REST, convert
-from rl.fp8.files import Fp8Files
+from rl.fp8.files import Fp8Files, is_block_fp8
 from rl.fp8.layout import SCALE, coded
 from rl.fp8.quantize import SQUARE, quantize
 from rl.policy import load_tokenizer, plain_config, save_policy
 
 
-def engine_folder(source: Path, target: Path, config: Fp8Config, *, merged: bool = False) -> Path:
-    """Writes the policy of `source` as an engine of an FP8 run loads it, and returns the folder.
+def engine_policy(policy: PolicyConfig, source: Path, target: Path) -> Path:
+    """The folder that an engine of this policy starts from: `source`, or what is written to `target`.
 
-    `merged`: in the type of `config.rest`, with the values of the codes. Codes that `source` holds are taken as they are.
+    An engine is given codes where the learner sends codes, and else none; either way the values that the learner starts from.
     """
+    if policy.precision == "fp8":
+        return _write(source, target, policy.fp8, policy.fp8.rest, merged=policy.lora is not None)
+    if is_block_fp8(source):
+        return _write(source, target, None, policy.precision, merged=True)
+    return source
+
+
+def _write(source: Path, target: Path, config: Fp8Config | None, rest: str, *, merged: bool) -> Path:
+    """config: what is quantised; `merged`: written as the values of its codes. Codes that `source` holds are taken as they are."""
     model = _empty_model(source)
-    convert(model, config, torch.device("cpu"))
+    if config is not None:
+        convert(model, config.model_copy(update={"backend": "reference"}), torch.device("cpu"))
     weights = {inner for name in coded(model) for inner, _ in expert_views(name, model.get_parameter(name))}
     aside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
-    save_policy(aside, _tensors(source, model, weights, config, merged), model, load_tokenizer(source), codes=not merged)
+    save_policy(aside, _tensors(source, model, weights, REST[rest], merged), model, load_tokenizer(source), codes=not merged)
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
     return target
@@ -45,9 +55,9 @@ def _empty_model(source: Path) -> PreTrainedModel:
 
 
 def _tensors(
-    source: Path, model: PreTrainedModel, weights: set[str], config: Fp8Config, merged: bool
+    source: Path, model: PreTrainedModel, weights: set[str], rest: torch.dtype, merged: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    files, rest = Fp8Files(source), REST[config.rest]
+    files = Fp8Files(source)
     buffers = {name for name, _ in model.named_buffers()}
     known = weights | {inner for name, p in model.state_dict().items() for inner, _ in expert_views(name, p)}
     for name in files.names():

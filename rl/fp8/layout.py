@@ -63,11 +63,12 @@ def quantization_config(model: torch.nn.Module) -> dict[str, Any] | None:
 def complete_config(folder: Path, model: Any, *, codes: bool = True) -> None:
     """Adds to a saved `config.json` what transformers leaves out: how weights are quantised, and how DeepSeek-V3 routes."""
     path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config.pop("quantization_config", None)
+    said = json.loads(path.read_text())
+    config = {key: value for key, value in said.items() if key != "quantization_config"}
     if config.get("model_type") == "deepseek_v3":
         config |= {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
     quantization = quantization_config(model) if codes else None
     if quantization is not None:
         config["quantization_config"] = quantization
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    if config != said:
+        path.write_text(json.dumps(config, indent=2) + "\n")
