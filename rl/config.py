@@ -299,3 +299,10 @@ class TrainRecipe(Section):
                 "there is one; take none"
             )
         return self
+
+    @model_validator(mode="after")
+    def _masters(self) -> "TrainRecipe":
+        if self.learner.optimizer.masters == "bf16" and (self.policy.precision == "fp32" or self.policy.lora is not None):
+            what = "policy.lora trains FP32 matrices" if self.policy.lora is not None else "policy.precision fp32 keeps weights in FP32"
+            raise ValueError(f"learner.optimizer.masters 'bf16': {what}; leave masters at fp32, or train all weights in bf16 or fp8")
+        return self

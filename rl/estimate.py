@@ -27,7 +27,10 @@ from rl.logp import CHUNK_LOGITS
 from rl.lora import add_adapter
 
 GB = 1e9
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
+"""Of an activation. FP8 products save codes, which is not counted: activations are then an upper bound."""
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
+"""Of a weight where it is used, sent and saved; the few that are not converted to FP8 are counted as if they were."""
 KEPT = 2.3
 """Bytes that autograd keeps of a layer, over those of the outputs of its matrices and norms: the most that saved_tensors_hooks
 counts for tiny Qwen3-MoE and DeepSeek-V3 policies in fp32 (1.7 to 2.0) and bf16 (2.2 to 2.3); a test holds it."""
@@ -210,7 +213,7 @@ def places(recipe: TrainRecipe, sizes: Sizes, machine: Machine, max_model_len: i
 
 def _state(recipe: TrainRecipe, sizes: Sizes, shards: int) -> list[Part]:
     """What stays over the whole run, as `rl.optim.AdamW` holds it."""
-    b = ELEMENT_BYTES[recipe.policy.precision]
+    b = WEIGHT_BYTES[recipe.policy.precision]
     m = ELEMENT_BYTES[recipe.learner.optimizer.moments]
     share = f"{sizes.total / 1e9:.3f}e9 parameters" + (f" / {shards}" if shards > 1 else "")
     each = sizes.total / shards
@@ -239,7 +242,9 @@ def _passing(recipe: TrainRecipe, sizes: Sizes, shards: int, max_model_len: int)
     parts = []
     if shards > 1:
         gathered = 2 * sizes.root + 3 * sizes.layer
-        parts.append(Part("gathered", b * gathered, "b x (2 x embedding and head + 3 x layer): this, the next one, one gradient"))
+        # Codes are made of FP32 masters, after those are gathered.
+        wide, said = (4, "4 bytes") if recipe.policy.precision == "fp8" else (b, "b")
+        parts.append(Part("gathered", wide * gathered, f"{said} x (2 x embedding and head + 3 x layer): this, the next one, one gradient"))
     checkpointing = recipe.policy.activation_checkpointing
     if checkpointing:
         parts.append(Part("layer inputs", b * tokens * sizes.hidden * sizes.layers, f"b x T x D x L, T = {tokens:,}"))
@@ -259,8 +264,9 @@ def _vllm_gpu(recipe: TrainRecipe, sizes: Sizes, machine: Machine, max_model_len
     """A GPU of an engine: what vLLM may take, and what weights and one forward pass leave of it to the KV cache."""
     rollout = recipe.rollout
     b, tp = ELEMENT_BYTES[recipe.policy.precision], rollout.tensor_parallel
+    w = WEIGHT_BYTES[recipe.policy.precision]
     room = rollout.gpu_memory_utilization * machine.gpu_bytes
-    weights = Part("weights", b * sizes.total / tp, f"{b} bytes x {sizes.total / 1e9:.3f}e9 parameters / {tp}")
+    weights = Part("weights", w * sizes.total / tp, f"{w} bytes x {sizes.total / 1e9:.3f}e9 parameters / {tp}")
     work = b * VLLM_BATCH_TOKENS * sizes.kept_layer / tp + 8 * rollout.slots * sizes.vocabulary
     formula = f"b x {VLLM_BATCH_TOKENS} tokens x outputs of a layer / {tp} + 2 x 4 bytes x {rollout.slots} slots x V"
     token = b * sizes.kv_token / min(tp, sizes.kv_split)
@@ -279,10 +285,10 @@ def _vllm_gpu(recipe: TrainRecipe, sizes: Sizes, machine: Machine, max_model_len
 
 def _hf_engines(recipe: TrainRecipe, sizes: Sizes, max_model_len: int) -> list[Part]:
     b, rollout = ELEMENT_BYTES[recipe.policy.precision], recipe.rollout
-    engines = rollout.engines
+    engines, w = rollout.engines, WEIGHT_BYTES[recipe.policy.precision]
     cache = b * sizes.kv_token * max_model_len * rollout.group_size * engines
     return [
-        Part("engines: weights", b * sizes.total * engines, f"{b} bytes x {sizes.total / 1e9:.3f}e9 parameters x {engines}"),
+        Part("engines: weights", w * sizes.total * engines, f"{w} bytes x {sizes.total / 1e9:.3f}e9 parameters x {engines}"),
         Part("engines: KV cache", cache, f"b x {sizes.kv_token:,} x {max_model_len} tokens x G = {rollout.group_size} x {engines}"),
     ]
 
@@ -298,7 +304,7 @@ def _ram(recipe: TrainRecipe, sizes: Sizes, machine: Machine, learner: list[Part
         cache = max(min(rollout.slots * slot, CPU_KV_MAX_BYTES), 2 * slot)
         formula = f"{rollout.slots} slots x {slot:,} bytes at full length, at most 4 GiB, x {rollout.engines}"
         engines[1] = Part("engines: KV cache", cache * rollout.engines, formula)
-    file = Part("weight file", b * sizes.total, "the policy once, in shared memory")
+    file = Part("weight file", WEIGHT_BYTES[recipe.policy.precision] * sizes.total, "the policy once, in shared memory")
     return Place(
         f"this machine, {machine.ram_bytes / GB:.1f} GB free; {ranks} rank{'s' if ranks > 1 else ''} and {rollout.engines} "
         f"engine{'s' if rollout.engines > 1 else ''}", machine.ram_bytes, (*parts, *engines, file),

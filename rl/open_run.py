@@ -27,7 +27,7 @@ from rewards.alarms import Alarms
 from rewards.scorer import Scorer
 from rl.checkpoint import check_room
 from rl.config import TrainRecipe
-from rl.engines.make import make_engines
+from rl.engines.make import check_engines, make_engines
 from rl.engines.nccl import NcclSync
 from rl.engines.vllm import preload
 from rl.engines.weights import Manifest, TensorSpec, read_manifest
@@ -76,6 +76,7 @@ def _open(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks, stack: ExitStack
     torch.set_num_threads(recipe.learner.threads or min(os.cpu_count() or 1, 16))
     assert recipe.policy.path is not None
     check_gpus(recipe.rollout, torch.cuda.device_count())
+    check_engines(recipe.rollout, recipe.policy)
     if ranks.main and recipe.rollout.engine == "vllm":
         preload()  # importing vllm takes ten seconds; it goes on beside what follows
     if recipe.loss.replay == "rollout" and recipe.rollout.engine == "vllm" and not torch.cuda.is_available():
@@ -106,7 +107,8 @@ def _open(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks, stack: ExitStack
     if prompts is not None:
         _say_prompts(run, prompts, held_out)
     stack.enter_context(run.display)
-    stream, manifest = None, None
+    stream = None
+    manifest: dict[str, TensorSpec] | None = None
     if prompts is not None:
         run.held_out = held_out.prompts if held_out else ()
         begin_with = engine_policy(recipe.policy, source, folder.path / "engine_policy")

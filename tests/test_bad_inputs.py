@@ -223,8 +223,13 @@ def a_loss_that_is_not_known(inputs):
     inputs.set("loss.kind=dpao")
 
 
-@bad("policy.precision", "'fp8'", "does not have it yet", early=True)
-def a_precision_that_is_not_there_yet(inputs):
+@bad("policy.fp8.backend", "'triton' needs a CUDA GPU", "use 'reference'")
+def an_fp8_backend_that_cannot_run_here(inputs):
+    inputs.set("policy.precision=fp8", "policy.fp8.backend=triton")
+
+
+@bad("policy: model.layers.0.mlp.experts", "hidden size 32", "multiples of 128", "policy.fp8.keep")
+def experts_that_blocks_of_fp8_do_not_fit(inputs):
     inputs.set("policy.precision=fp8")
 
 
@@ -237,6 +242,11 @@ def a_weight_transfer_that_the_engine_does_not_have(inputs):
 def weights_from_gpu_to_gpu_without_one(inputs):
     inputs.patch.setattr(torch.cuda, "device_count", lambda: 0)
     inputs.set("rollout.weights=nccl", "rollout.engine=vllm")
+
+
+@bad("learner.optimizer.masters", "fp32 keeps weights in FP32", early=True)
+def bf16_masters_of_an_fp32_policy(inputs):
+    inputs.set("learner.optimizer.masters=bf16")
 
 
 @bad("rollout.placement", "'ray'", "does not have it yet", early=True)

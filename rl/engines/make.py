@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from data.recipe import InputError
 from rl.config import PolicyConfig, RolloutConfig
 from rl.engines.base import Engine
 from rl.engines.hf import HfEngine
@@ -49,6 +50,16 @@ def make_engines(
             )
         )
     return engines
+
+
+def check_engines(rollout: RolloutConfig, policy: PolicyConfig) -> None:
+    """InputError where engines could not compute from what the learner sends: vLLM's CPU kernels for block-FP8 weights are for AMX."""
+    codes = policy.precision == "fp8" and policy.lora is None
+    if codes and rollout.engine == "vllm" and not torch.cuda.is_available() and not torch.cpu._is_amx_tile_supported():
+        raise InputError(
+            "rollout.engine: on a CPU vLLM computes from FP8 weights only with AMX (Intel Sapphire Rapids or newer), which this one has "
+            "not; use rollout.engine=hf, or policy.precision=bf16"
+        )
 
 
 def _devices(number: int, rollout: RolloutConfig, gpus: int) -> tuple[int, ...]:

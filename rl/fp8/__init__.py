@@ -21,5 +21,6 @@ the engines and what is saved are the same codes and scales, in the layout of De
     reference.py   the products, in plain torch                   linear.py      a linear layer
     scaled_mm.py   the same on Hopper through torch               experts.py     the experts of a layer, from dispatch to combine
     kernels.py     the same in Triton                             convert.py     a transformers model becomes an FP8 one
-    backends.py    the three by name                              folder.py      policy folders, from and to FP8
+    backends.py    the three by name                              layout.py      names and config of a checkpoint, as DeepSeek-V3 has them
+    files.py       reads block-FP8 files                          folder.py      policy folders, from and to FP8
 """

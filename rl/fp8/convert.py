@@ -15,7 +15,7 @@ from data.recipe import InputError
 from rl import attention
 from rl.config import Fp8Config
 from rl.fp8 import experts
-from rl.fp8.backends import backend_named
+from rl.fp8.backends import Backend, backend_named
 from rl.fp8.experts import ExpertCodes
 from rl.fp8.files import Fp8Files, is_block_fp8
 from rl.fp8.layout import EXPERT_MATRICES, coded
@@ -46,10 +46,7 @@ def convert(
 
     InputError if the backend cannot run there, if nothing would be converted, or if the sizes of experts are no multiples of 128.
     """
-    try:
-        backend = backend_named(config.backend, device)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    backend = _backend(config, device)
     modules = list(convertible(model, config.keep))
     if not modules:
         raise InputError(f"policy.fp8.keep: {config.keep} leaves nothing of this model to convert")
@@ -63,6 +60,13 @@ def convert(
             module.fp8 = ExpertCodes(matrices[0], matrices[1], backend, config.quantize_activations)
             model.config._experts_implementation = experts.NAME
     _set_types(model, masters, master_type, rest or REST[config.rest])
+
+
+def _backend(config: Fp8Config, device: torch.device) -> Backend:
+    try:
+        return backend_named(config.backend, device)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def convertible(model: torch.nn.Module, keep: list[str]) -> Iterator[tuple[str, Any]]:
@@ -136,6 +140,7 @@ def fp8_model(
     folder: Path, config: Fp8Config, device: torch.device, *, attention_name: str = attention.NAME, **how: Any
 ) -> PreTrainedModel:
     """The policy of a folder, in high precision or in FP8, converted; on the CPU still. `how` goes to `convert`."""
+    _backend(config, device)  # before a model is loaded
     model = load_model(folder, torch.float32, attention_name=attention_name)
     convert(model, config, device, given=codes_in(folder, model, config.keep), **how)
     return model

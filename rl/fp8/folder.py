@@ -48,7 +48,7 @@ def _write(source: Path, target: Path, config: Fp8Config | None, rest: str, *, m
 
 def _empty_model(source: Path) -> PreTrainedModel:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(plain_config(source), trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(plain_config(source), dtype=torch.float32, trust_remote_code=False)
     if (source / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source)
     return model
@@ -58,14 +58,13 @@ def _tensors(
     source: Path, model: PreTrainedModel, weights: set[str], rest: torch.dtype, merged: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
     files = Fp8Files(source)
-    buffers = {name for name, _ in model.named_buffers()}
+    buffers = dict(model.named_buffers())
     known = weights | {inner for name, p in model.state_dict().items() for inner, _ in expert_views(name, p)}
     for name in files.names():
         if name not in known:
             continue  # transformers ignores it too, as DeepSeek-V3's layer for predicting a second token
         if name not in weights:
-            tensor = files.tensor(name)
-            yield name, tensor if name in buffers else tensor.to(rest)
+            yield name, files.tensor(name).to(buffers[name].dtype if name in buffers else rest)
             continue
         codes = files.codes(name) or quantize(files.tensor(name), SQUARE)
         if merged:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rl.config import OptimizerConfig
-from rl.optim import AdamW, learning_rate
+from rl.optim import AdamW, learning_rate, round_to_bf16
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[tuple[str, torch.nn.Parameter]]:
@@ -75,3 +75,24 @@ def test_schedules_by_hand() -> None:
     assert rates[:3] == pytest.approx([0.5, 0.9, 0.8]) and rates[10] == 0.0
     assert learning_rate(5, 1.0, "cosine", 0, 10) == pytest.approx(0.5)
     assert learning_rate(100, 1.0, "constant", 4, 10) == 1.0
+
+
+def test_bf16_masters_keep_the_mean_of_small_updates() -> None:
+    """1,000 updates of 1e-5 on weights of 1, of which rounding to the nearest would lose every one."""
+    p = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    optim = AdamW([("p", p)], OptimizerConfig(betas=(0.0, 0.0), eps=1e-12, masters="bf16"))
+    for _ in range(1000):
+        (p * 1.0).sum().backward()
+        optim.step(1e-5)
+    assert "master" not in optim.state["p"] and p.dtype is torch.bfloat16
+    assert p.float().mean().item() == pytest.approx(0.99, abs=3e-4)
+
+
+def test_stochastic_rounding_takes_a_neighbour_with_the_probability_that_keeps_the_mean() -> None:
+    x = torch.full((100_000,), 1.0 + 2**-9)  # a quarter of the way from 1 to 1 + 2^-7
+    rounded = round_to_bf16(x, torch.Generator().manual_seed(0)).float()
+    assert set(rounded.tolist()) == {1.0, 1.0 + 2**-7}
+    assert (rounded > 1.0).float().mean().item() == pytest.approx(0.25, abs=0.01)
+    exact = torch.tensor([0.0, -1.5, 2.0**-130, float("inf"), float("-inf")])
+    assert torch.equal(round_to_bf16(exact, torch.Generator().manual_seed(0)).float(), exact)
+    assert round_to_bf16(torch.tensor([float("nan")]), torch.Generator()).isnan().all()
