@@ -214,6 +214,8 @@ def places(recipe: TrainRecipe, sizes: Sizes, machine: Machine, max_model_len: i
 def _state(recipe: TrainRecipe, sizes: Sizes, shards: int) -> list[Part]:
     """What stays over the whole run, as `rl.optim.AdamW` holds it."""
     b = WEIGHT_BYTES[recipe.policy.precision]
+    if recipe.policy.precision == "fp8" and recipe.policy.lora is not None:
+        b += _sent_bytes(recipe)  # an adapter's base has its values beside its codes
     m = ELEMENT_BYTES[recipe.learner.optimizer.moments]
     share = f"{sizes.total / 1e9:.3f}e9 parameters" + (f" / {shards}" if shards > 1 else "")
     each = sizes.total / shards
@@ -264,7 +266,7 @@ def _vllm_gpu(recipe: TrainRecipe, sizes: Sizes, machine: Machine, max_model_len
     """A GPU of an engine: what vLLM may take, and what weights and one forward pass leave of it to the KV cache."""
     rollout = recipe.rollout
     b, tp = ELEMENT_BYTES[recipe.policy.precision], rollout.tensor_parallel
-    w = WEIGHT_BYTES[recipe.policy.precision]
+    w = _sent_bytes(recipe)
     room = rollout.gpu_memory_utilization * machine.gpu_bytes
     weights = Part("weights", w * sizes.total / tp, f"{w} bytes x {sizes.total / 1e9:.3f}e9 parameters / {tp}")
     work = b * VLLM_BATCH_TOKENS * sizes.kept_layer / tp + 8 * rollout.slots * sizes.vocabulary
@@ -285,7 +287,7 @@ def _vllm_gpu(recipe: TrainRecipe, sizes: Sizes, machine: Machine, max_model_len
 
 def _hf_engines(recipe: TrainRecipe, sizes: Sizes, max_model_len: int) -> list[Part]:
     b, rollout = ELEMENT_BYTES[recipe.policy.precision], recipe.rollout
-    engines, w = rollout.engines, WEIGHT_BYTES[recipe.policy.precision]
+    engines, w = rollout.engines, _sent_bytes(recipe)
     cache = b * sizes.kv_token * max_model_len * rollout.group_size * engines
     return [
         Part("engines: weights", w * sizes.total * engines, f"{w} bytes x {sizes.total / 1e9:.3f}e9 parameters x {engines}"),
@@ -304,11 +306,17 @@ def _ram(recipe: TrainRecipe, sizes: Sizes, machine: Machine, learner: list[Part
         cache = max(min(rollout.slots * slot, CPU_KV_MAX_BYTES), 2 * slot)
         formula = f"{rollout.slots} slots x {slot:,} bytes at full length, at most 4 GiB, x {rollout.engines}"
         engines[1] = Part("engines: KV cache", cache * rollout.engines, formula)
-    file = Part("weight file", WEIGHT_BYTES[recipe.policy.precision] * sizes.total, "the policy once, in shared memory")
+    file = Part("weight file", _sent_bytes(recipe) * sizes.total, "the policy once, in shared memory")
     return Place(
         f"this machine, {machine.ram_bytes / GB:.1f} GB free; {ranks} rank{'s' if ranks > 1 else ''} and {rollout.engines} "
         f"engine{'s' if rollout.engines > 1 else ''}", machine.ram_bytes, (*parts, *engines, file),
     )  # fmt: skip
+
+
+def _sent_bytes(recipe: TrainRecipe) -> int:
+    """Of a weight as engines have it: an adapter is merged into values, which are no codes."""
+    bytes_of = WEIGHT_BYTES if recipe.policy.lora is None else ELEMENT_BYTES
+    return bytes_of[recipe.policy.precision]
 
 
 def _blocks(tokens: int, block: int) -> int:
