@@ -28,6 +28,7 @@ from rl.inputs import (
     check_gpus,
     check_judge,
     check_policy,
+    check_router,
     check_trackers,
     config_file,
     is_local,
@@ -105,6 +106,7 @@ def look(recipe: TrainRecipe, sections: list[str]) -> Inputs:
     assert recipe.policy.path is not None
     check_judge(recipe)
     check_trackers(recipe)
+    check_router(recipe, config_file(recipe.policy))
     missing: list[str] = []
     try:
         check_engine(recipe)

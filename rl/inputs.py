@@ -27,8 +27,7 @@ def check_inputs(recipe: TrainRecipe) -> None:
         check_prompts(recipe.eval.prompts)
     check_judge(recipe)
     check_engine(recipe)
-    if (config := config_file(recipe.policy)) is not None:
-        check_router(recipe, config)
+    check_router(recipe, config_file(recipe.policy))
     check_trackers(recipe)
 
 
@@ -98,8 +97,10 @@ ROUTERS = {"deepseek_v3": ("bias_step", "sequence_loss"), "qwen3_moe": ("aux_los
 """What balances the experts of a policy, by its config's model_type; their routes can be replayed."""
 
 
-def check_router(recipe: TrainRecipe, config: Path) -> None:
+def check_router(recipe: TrainRecipe, config: Path | None) -> None:
     """InputError for a setting of the router, or a replay, that the policy of this config has no use for."""
+    if config is None:
+        return  # a hub id's is looked at when it is there
     model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     has = ROUTERS.get(model_type, ())
     for name, value in recipe.learner.router:

@@ -1,6 +1,7 @@
 """Groups made by hand for learner tests: random prompts, completions and engine log-probs near a policy's own."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from rl.config import AdvantageConfig, LearnerConfig, LossConfig
 from rl.learner import Learner
 from rl.policy import load_model
 from rl.ranks import Ranks
+from rl.replay import with_routes
 
 MAX_TOKENS = 12
 TEMPERATURE = 0.7
@@ -72,6 +74,28 @@ def make_groups(
         scores = tuple(Score(v) if v is not None else Score(None, "error", detail="x: failed") for v in values)
         groups.append(Group(f"run/p{g}/0", prompt, 0, tuple(completions), scores))
     return groups
+
+
+def routed(groups: Sequence[Group], routes: Sequence[Sequence[np.ndarray]]) -> list[Group]:
+    """The groups with routes of all positions but the last."""
+    return [
+        replace(g, completions=tuple(with_routes(c, r) for c, r in zip(g.completions, rows, strict=True)))
+        for g, rows in zip(groups, routes, strict=True)
+    ]
+
+
+def random_routes(groups: Sequence[Group], layers: int) -> list[Group]:
+    """Any two of eight experts; those of a prompt are the same in all of its completions."""
+    rng = np.random.default_rng(3)
+
+    def some(count: int) -> np.ndarray:
+        return rng.permuted(np.tile(np.arange(8), (count, layers, 1)), axis=-1)[..., :2].astype(np.uint8)
+
+    rows = []
+    for group in groups:
+        prompt = some(len(group.prompt.token_ids))
+        rows.append([np.concatenate([prompt, some(len(c.token_ids) - 1)]) for c in group.completions])
+    return routed(groups, rows)
 
 
 def near(groups: list[Group], policy: Path, spread: float = 0.3) -> list[Group]:

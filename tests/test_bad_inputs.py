@@ -223,6 +223,22 @@ def a_loss_that_is_not_known(inputs):
     inputs.set("loss.kind=dpao")
 
 
+@bad("loss.replay learner", "steps_per_batch and epochs_per_batch are 1", "take none", early=True)
+def a_replay_of_routes_to_updates_that_are_not_there(inputs):
+    inputs.set("loss.replay=learner")
+
+
+@bad("loss.replay", "vLLM returns the experts it chose on a GPU alone", "take rollout.engine=hf, or none")
+def a_replay_of_routes_that_the_engine_does_not_return(inputs):
+    inputs.patch.setattr(torch.cuda, "is_available", lambda: False)
+    inputs.set("loss.replay=rollout", "rollout.engine=vllm")
+
+
+@bad("learner.router.bias_step", "is for deepseek_v3", "the policy is qwen3_moe", "it has aux_loss")
+def a_bias_that_the_routers_do_not_have(inputs):
+    inputs.set("learner.router.bias_step=0.001")
+
+
 @bad("policy.fp8.backend", "'triton' needs a CUDA GPU", "use 'reference'")
 def an_fp8_backend_that_cannot_run_here(inputs):
     inputs.set("policy.precision=fp8", "policy.fp8.backend=triton")

@@ -10,11 +10,11 @@ import numpy as np
 import policies
 import pytest
 import torch
-from made import NoFloat32, distance, gradients, make_groups, make_learner, near
+from made import NoFloat32, distance, gradients, make_groups, make_learner, near, random_routes
 from safetensors.torch import load_file
 
 from data.values import Completion, Group
-from rl.config import LossConfig
+from rl.config import LossConfig, RouterConfig
 from rl.ranks import decode_groups, encode_groups
 
 HERE = Path(__file__).parent
@@ -51,13 +51,24 @@ def of_two(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 @pytest.mark.parametrize("sharding", ["replicated", "sharded"])
 @pytest.mark.parametrize(
     ("case", "rewards"),
-    [("spread", REWARDS), ("one rank has only zero advantages", [REWARDS[0], [1, 1, 1, 1], [0, 0, 0, 0]])],
+    [
+        ("spread", REWARDS),
+        ("routers", REWARDS),
+        ("one rank has only zero advantages", [REWARDS[0], [1, 1, 1, 1], [0, 0, 0, 0]]),
+    ],
 )
 def test_two_ranks_give_the_gradients_of_one(
     policy: Path, of_two: dict[str, dict[str, torch.Tensor]], case: str, rewards: list[list[float]], sharding: str
 ) -> None:
     with NoFloat32():
-        one = gradients(make_learner(policy, LossConfig(kind="dapo", ratio_base="engine")), near(make_groups(rewards), policy))
+        groups, loss, router = near(make_groups(rewards), policy), LossConfig(kind="dapo", ratio_base="engine"), RouterConfig()
+        if case == "routers":  # as in two_ranks.py
+            groups, loss, router = (
+                random_routes(groups, layers=2),
+                loss.model_copy(update={"replay": "rollout"}),
+                RouterConfig(aux_loss=0.5),
+            )
+        one = gradients(make_learner(policy, loss, router=router), groups)
     assert distance(of_two[f"{case}, {sharding}"], one) < 1e-10
 
 

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import torch
-from made import MAX_TOKENS, TEMPERATURE, NoFloat32, gradients, make_groups, make_learner, near
+from made import MAX_TOKENS, TEMPERATURE, NoFloat32, gradients, make_groups, make_learner, near, random_routes
 from torch.distributed.tensor import DTensor
 
-from rl.config import LossConfig
+from data.values import Group
+from rl.config import LossConfig, RouterConfig
 from rl.learner import Learner
 from rl.ranks import Ranks
 from rl.shard import shard
@@ -19,6 +20,7 @@ from rl.shard import shard
 REWARDS = [[1, 0, 0, 1], [0, 1, 0, 0], [1, 1, 0.5, 0], [0.2, 0.9, 0.4, 0.0]]
 CASES = {
     "spread": REWARDS,
+    "routers": REWARDS,
     "one rank has only zero advantages": [REWARDS[0], [1, 1, 1, 1], [0, 0, 0, 0]],
 }
 
@@ -26,9 +28,21 @@ CASES = {
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 
 
+def groups_of(case: str, policy: Path) -> list[Group]:
+    groups = near(make_groups(CASES[case]), policy)
+    return random_routes(groups, layers=2) if case == "routers" else groups
+
+
+def settings_of(case: str) -> tuple[LossConfig, RouterConfig]:
+    """`routers`: with an auxiliary loss over the load of all ranks and passes, and with the routes that completions came with."""
+    mine = case == "routers"
+    return LossConfig(kind="dapo", ratio_base="engine", replay="rollout" if mine else "none"), RouterConfig(aux_loss=0.5 if mine else 0.0)
+
+
 def step_gradients(policy: Path, case: str, ranks: Ranks, sharded: bool) -> dict[str, torch.Tensor]:
-    groups = ranks.groups(lambda: near(make_groups(CASES[case]), policy))
-    learner = make_learner(policy, LossConfig(kind="dapo", ratio_base="engine"), micro_tokens=45)
+    groups = ranks.groups(lambda: groups_of(case, policy))
+    loss, router = settings_of(case)
+    learner = make_learner(policy, loss, micro_tokens=45, router=router)
     if sharded:
         exported = {name: tensor.clone() for name, tensor in learner.export()}
         shard(learner.model, ranks, torch.float64)
@@ -54,4 +68,5 @@ def main() -> None:
     ranks.close()
 
 
-main()
+if __name__ == "__main__":
+    main()
