@@ -1,24 +1,20 @@
 """From a collapsed router to balance: max violation step by step, with the correction bias and without it, in one picture.
 
-    python tests/bench/router_balance.py [--steps 60] [--out docs/router_balance.png]
+    PYTHONPATH=.:tests python tests/bench/router_balance.py [--steps 60] [--out docs/router_balance.png]
 
 The policy is tests/policies.py's tiny DeepSeek-V3 (8 experts in 2 groups, 2 a token) whose gates were bent so that expert 0 has nearly
 every token. The learner takes GRPO steps on random completions with random rewards; nothing in them asks for balance. Prints the
-numbers as JSON. Needs matplotlib for the picture (`make install EXTRA=dev` brings it).
+numbers as JSON. Needs matplotlib for the picture (in the extra `dev`).
 """
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-
 import policies
+import torch
 from made import make_groups, make_learner
 
 from data.values import Group

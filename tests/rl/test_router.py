@@ -137,7 +137,7 @@ def test_the_bias_leaves_with_the_policy_to_the_bit(deepseek: Path, tmp_path: Pa
 
 
 def test_a_checkpoint_gives_an_adapters_run_its_bias_back(deepseek: Path, tmp_path: Path) -> None:
-    """With an adapter the policy is loaded from where it began, so the bias comes from the trainer's state; the reference keeps the first."""
+    """An adapter's policy is loaded from where it began, so its bias is in the trainer's state; the reference keeps the first."""
 
     def adapted() -> Learner:
         model = load_model(deepseek, torch.float32)
