@@ -42,7 +42,15 @@ SAME_FEW = 1.5
 def gates(model: nn.Module) -> list[Any]:
     """The routers of a model, one a MoE layer, in order: the `gate` that stands beside `experts`. A dense model has none."""
     blocks = [dict(module.named_children()) for module in model.modules()]
-    return [block["gate"] for block in blocks if "gate" in block and "experts" in block]
+    found = [block["gate"] for block in blocks if "gate" in block and "experts" in block]
+    return [_without_adapter(gate) for gate in found]
+
+
+def _without_adapter(gate: nn.Module) -> nn.Module:
+    """The gate itself, where peft has wrapped it; its output is that of the wrapper."""
+    while (inner := dict(gate.named_children()).get("base_layer")) is not None:
+        gate = inner
+    return gate
 
 
 class Router:
@@ -54,6 +62,8 @@ class Router:
         self.ranks = ranks
         self.load_LE: torch.Tensor | None = None
         """float64, tokens by expert of the last step, over all ranks; None before the first and for a dense policy."""
+        self.loss_mean = 0.0
+        """What `loss` added in the last step, mean over its updates."""
         self.has_loss = config.aux_loss > 0.0 or config.sequence_loss > 0.0
         self._loads: dict[int, torch.Tensor] = {}
         self._update_load: tuple[torch.Tensor, float] | None = None
@@ -61,6 +71,8 @@ class Router:
         self._counts = False
         self._logits: dict[int, torch.Tensor] = {}
         self._skipped = 0.0
+        self._updates = 0
+        self._loss = torch.zeros((), dtype=torch.float64)
         self._collapsed: set[int] = set()
         self._first_bias = [gate.e_score_correction_bias.clone() for gate in self.gates if isinstance(gate, DeepseekV3TopkRouter)]
         for layer, gate in enumerate(self.gates):
@@ -97,6 +109,7 @@ class Router:
     def needs_tally(self, passes: int) -> bool:
         """Begins an optimizer step. Whether none of its passes sees the whole load, which the auxiliary loss weighs by."""
         self._update_load = None
+        self._updates += 1
         return self.config.aux_loss > 0.0 and passes * self.ranks.count > 1
 
     @contextmanager
@@ -129,6 +142,7 @@ class Router:
                 sequence_loss(logits_TE, gate.top_k, batch) for logits_TE, gate in zip(logits, self.gates, strict=True)
             )
         self._logits = {}
+        self._loss = self._loss.to(loss.device) + loss.detach()
         return loss
 
     def _all_logits(self) -> list[torch.Tensor]:
@@ -148,6 +162,9 @@ class Router:
         # A rank whose passes were all of weight zero has counted zeros.
         self.load_LE = self.ranks.sum(torch.stack([self._loads[layer] for layer in range(len(self.gates))]))
         self._loads = {}
+        if self.has_loss:
+            self.loss_mean = float(self.ranks.sum(self._loss)) / self._updates
+        self._loss, self._updates = torch.zeros_like(self._loss), 0
         if self.config.bias_step > 0.0:
             for gate, load_E in zip(self.gates, self.load_LE, strict=True):
                 bias_E = gate.e_score_correction_bias
@@ -178,7 +195,8 @@ class Router:
         """The last step's numbers, equal on all ranks; none if no token passed a router."""
         if self.load_LE is None or not self.load_LE.any():
             return {}
-        return load_numbers(self.load_LE) | {"moe/skipped_groups": self._skipped}
+        numbers = load_numbers(self.load_LE) | {"moe/skipped_groups": self._skipped}
+        return numbers | {"moe/loss": self.loss_mean} if self.has_loss else numbers
 
     def alarms(self) -> list[str]:
         """One line for each layer whose routing collapsed in the last step; it is silent until the layer has recovered."""

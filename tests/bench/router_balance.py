@@ -34,7 +34,7 @@ def groups_of(step: int) -> list[Group]:
 
 
 def collapsed_policy(folder: Path) -> Path:
-    """Bends expert 0's row of each gate so that its logit is LOGIT whatever the token (least squares on many of them)."""
+    """Bends expert 0's row of each gate so that its logit is LOGIT whatever the token (least squares on many), and flattens the others."""
     model = load_model(policies.tiny_deepseek_v3(folder / "even", seed=0, layers=3), torch.float32, attention_name="sdpa")
     for gate in gates(model):
         hidden: list[torch.Tensor] = []
@@ -44,6 +44,7 @@ def collapsed_policy(folder: Path) -> Path:
             handle.remove()
             x_TD = hidden[0].double()
             ridge_DD = torch.eye(x_TD.shape[1], dtype=torch.float64)
+            gate.weight.mul_(0.3)
             gate.weight[0] = torch.linalg.solve(x_TD.T @ x_TD + ridge_DD, LOGIT * x_TD.sum(0)).float()
             gate.e_score_correction_bias.zero_()
     save_policy(folder / "collapsed", checkpoint_views(model), model, load_tokenizer(folder / "even"))

@@ -1,6 +1,6 @@
 """Routing replay: the choice is frozen and nothing else, and every route is read where it belongs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -108,13 +108,11 @@ def test_replayed_gradients_equal_padded_rows_with_the_same_experts(policy: Path
 
 
 def test_recomputed_activations_take_the_same_routes(policy: Path) -> None:
-    with NoFloat32():
-        layers = len(gates(reference_model(policy)))
-        groups = random_routes(near(make_groups(REWARDS), policy), layers)
-        plain, recomputing = (make_learner(policy, LossConfig(**ENGINE, replay="rollout")) for _ in range(2))
-        recomputing.model.gradient_checkpointing_enable({"use_reentrant": False})
-        recomputing.model.train()
-        assert distance(gradients(recomputing, groups), gradients(plain, groups)) < 1e-12
+    groups = random_routes(near(make_groups(REWARDS), policy), len(gates(reference_model(policy))))
+    plain, recomputing = (make_learner(policy, LossConfig(**ENGINE, replay="rollout")) for _ in range(2))
+    recomputing.model.gradient_checkpointing_enable({"use_reentrant": False})
+    recomputing.model.train()
+    assert distance(gradients(recomputing, groups), gradients(plain, groups)) < 1e-12
 
 
 def chosen_by_pass(learner: Learner, groups: list[Group]) -> list[torch.Tensor]:
@@ -224,7 +222,7 @@ def sampled(policy: Path, dtype: torch.dtype, prompts: int, max_tokens: int = 12
 
 
 def test_the_hf_engine_returns_the_routes_it_used(policy: Path) -> None:
-    groups = sampled(policy, torch.float32, prompts=2, max_tokens=9)
+    groups = sampled(policy, torch.float32, prompts=2, max_tokens=60)
     model = load_model(policy, torch.float32, attention_name="sdpa")
     recorder = RouteRecorder(model)
     assert len({len(c.token_ids) for g in groups for c in g.completions}) > 1, "rows of unlike lengths"
@@ -239,8 +237,10 @@ def test_the_hf_engine_returns_the_routes_it_used(policy: Path) -> None:
             assert np.array_equal(np.sort(c.routes[:-1]), np.sort(routes_of_pass(notes).numpy()))
 
 
-def test_replay_halves_the_mismatch_of_flipped_tokens(policy: Path) -> None:
+@pytest.mark.parametrize("make", [policies.tiny_qwen3_moe, policies.tiny_deepseek_v3])
+def test_replay_halves_the_mismatch_of_flipped_tokens(make: Callable[..., Path], tmp_path: Path) -> None:
     """Engine in BF16, learner in FP32: mean |d log-prob| over tokens whose own position has a flipped expert in some layer."""
+    policy = make(tmp_path / "policy", seed=0, layers=4)
     groups = sampled(policy, torch.bfloat16, prompts=12)
     learner = make_learner(policy, LossConfig(replay="rollout"), dtype=torch.float32)
     (batch,) = next(iter(learner.batches(groups, group_advantage(groups, AdvantageConfig()))))

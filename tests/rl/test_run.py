@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import policies
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -257,3 +259,26 @@ def test_dynamic_sampling_ends_within_its_bound_where_nothing_teaches(policy: Pa
     assert (row["groups/sampled"], row["groups/zero_advantage"], row["groups/trained"]) == (12, 12, 0)
     assert row["tokens/trained"] == 0 and row["tokens/wasted"] == row["tokens/sampled"]
     assert row["grad_norm"] == 0.0
+
+
+@pytest.mark.slow
+def test_routing_bias_and_replayed_routes_go_on_after_a_stop_to_the_bit(tmp_path: Path) -> None:
+    policy = policies.tiny_deepseek_v3(tmp_path / "policy", seed=0)
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{a}{b}"}}\n' for a in "0123" for b in "456"))
+    path = recipe(tmp_path, policy, "run", **{"{task: arithmetic, options: {digits: 1}}": f"{{path: {tmp_path / 'prompts.jsonl'}}}"})
+    routing = ["loss.replay=rollout", "learner.router.bias_step=0.01", "learner.router.sequence_loss=0.001", "eval.prompts=null"]
+    run(path, *routing, "learner.steps=4")
+    out = tmp_path / "out" / "run"
+    out.rename(tmp_path / "whole")
+    for steps in (2, 4):
+        run(path, *routing, f"learner.steps={steps}")
+    assert same_weights(out, tmp_path / "whole") and rows(out) == rows(tmp_path / "whole")
+    last = rows(out)[-1]
+    assert last["replay/live_tokens"] == 0.0 and last["mismatch/older_tokens"] == 0.0 and last["moe/max_violation"] > 0.0
+    files = [sorted((folder / "router").iterdir()) for folder in (out, tmp_path / "whole")]
+    assert [p.name for p in files[0]] == [f"step-{n}.npz" for n in (1, 2, 3, 4)]
+    bias = weights(out)["model.layers.1.mlp.gate.e_score_correction_bias"]
+    for a, b in zip(*files, strict=True):
+        with np.load(a) as left, np.load(b) as right:
+            assert np.array_equal(left["load"], right["load"]) and np.array_equal(left["bias"], right["bias"])
+    assert np.array_equal(left["bias"][0], bias.numpy()), "final/ holds the bias after the last step"

@@ -1,6 +1,7 @@
 """The vLLM engine against freshly loaded engines and transformers. One engine serves most tests: a start costs seconds."""
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from policies import EOS, tiny_deepseek_v3, tiny_qwen3, tiny_qwen3_moe
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -264,6 +265,22 @@ def test_other_architectures_agree_with_transformers_before_and_after_a_sync(mak
     assert mean_distance(old, bench.sample()) < 1e-5
     bench.sync.push(Checkpoint(new), version=1)
     assert mean_distance(new, bench.sample()) < 1e-5
+    bench.close()
+
+
+def test_the_routing_bias_alone_reaches_the_engine(tmp_path: Path) -> None:
+    old, new = tiny_deepseek_v3(tmp_path / "old", seed=0), tmp_path / "new"
+    shutil.copytree(old, new)
+    tensors = load_file(old / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("e_score_correction_bias"):
+            tensors[name] = 5 * tensor.flip(0)
+    save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+    bench = Bench(old, tmp_path / "engine.log")
+    bench.sync.push(Checkpoint(new), version=1)
+    sampled = bench.sample()
+    assert mean_distance(new, sampled) < 1e-5
+    assert mean_distance(old, sampled) > 1e-2, "the bias decides where tokens go"
     bench.close()
 
 
