@@ -103,7 +103,7 @@ class Learner:
         """Adds the log-probs that the loss needs and the training pass does not have."""
         if self._old_pass:
             # The weights move between the updates of this batch: old_logp is what they were before the first.
-            with self.replay.recording() as notes, self.replay.reading(batch, first=True, before_updates=True) as forward_done:
+            with self.replay.recorder.recording() as notes, self.replay.reading(batch, first=True, before_updates=True) as forward_done:
                 with self.router.reading(batch, count=True):
                     batch = replace(batch, old_logp_N=self._logp(self.model, batch, grad=False)[0])
                 forward_done()

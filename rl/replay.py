@@ -92,7 +92,7 @@ class Replay:
         self.kind = kind
         self.ranks = ranks
         self.gates = gates(model)
-        self.recorder = RouteRecorder(model) if kind == "learner" else None
+        self.recorder = RouteRecorder(model, on=kind == "learner")
         self._pass: _Pass | None = None
         self._sums = torch.zeros(4, dtype=torch.float64)
         """Of the step so far, on this rank: tokens, those with valid routes, those with a flip, flips over all layers."""
@@ -123,17 +123,8 @@ class Replay:
         finally:
             self._pass = None
 
-    @contextmanager
-    def recording(self) -> Iterator[list[list[torch.Tensor]]]:
-        """Notes the routes of the one forward within, if the updates after it are to repeat them."""
-        if self.recorder is None:
-            yield []
-        else:
-            with self.recorder.recording() as notes:
-                yield notes
-
     def keep(self, batch: TrainBatch, notes: list[list[torch.Tensor]]) -> TrainBatch:
-        """The batch with the routes that were noted, if any."""
+        """The batch with the routes that `recorder` noted of its pass, which the updates are to repeat."""
         if not notes:
             return batch
         return replace(batch, routes_TLK=routes_of_pass(notes), routes_valid_T=torch.ones_like(batch.tokens_T, dtype=torch.bool))
@@ -159,11 +150,11 @@ class Replay:
 
 
 class RouteRecorder:
-    """Notes what the gates of a model choose, forward by forward."""
+    """Notes what the gates of a model choose, forward by forward; one that is not `on` notes nothing."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, on: bool = True):
         self._notes: list[list[torch.Tensor]] | None = None
-        found = gates(model)
+        found = gates(model) if on else []
         self.layers = len(found)
         for layer, gate in enumerate(found):
             gate.register_forward_hook(self._hook(layer))

@@ -209,7 +209,7 @@ class Router:
         """`step-<N>.npz`: `load` uint32 [L, E], and `bias` float32 [L, E] after the step where the gates have one."""
         if self.load_LE is None:
             return
-        arrays = {"load": self.load_LE.cpu().numpy().astype(np.uint32)}
+        arrays: dict[str, Any] = {"load": self.load_LE.cpu().numpy().astype(np.uint32)}
         if self._first_bias:
             arrays["bias"] = torch.stack([gate.e_score_correction_bias for gate in self.gates]).float().cpu().numpy()
         folder.mkdir(exist_ok=True)

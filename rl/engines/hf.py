@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -87,7 +86,7 @@ class HfEngine:
             self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.path)
             self.ends = frozenset(end_tokens(self.model.config, self.tokenizer, self.model.generation_config.eos_token_id))
             self.views = dict(checkpoint_views(self.model))
-            self.recorder = RouteRecorder(self.model)
+            self.recorder = RouteRecorder(self.model, on=self.returns_routes)
         else:  # transformers' loading sets defaults of the whole process, in which the learner may be at work by now
             for file in sorted(Path(self.path).glob("*.safetensors")):
                 self._copy((name, tensor) for name, tensor in load_file(file).items() if name in self.views)
@@ -197,7 +196,7 @@ class _Life:
         try:
             while (requests := self.work.get()) is not None:
                 began = time.perf_counter()
-                with self.engine.recorder.recording() if self.engine.returns_routes else nullcontext([]) as routes:
+                with self.engine.recorder.recording() as routes:
                     done = [self._completion(row) for row in self._sample(requests)]
                 self.busy_s += time.perf_counter() - began
                 for completion in give_routes(done, routes):

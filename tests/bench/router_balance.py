@@ -1,6 +1,6 @@
 """From a collapsed router to balance: max violation step by step, with the correction bias and without it, in one picture.
 
-    PYTHONPATH=.:tests python tests/bench/router_balance.py [--steps 60] [--out docs/router_balance.png]
+    PYTHONPATH=tests python -m bench.router_balance [--steps 60] [--out docs/router_balance.png]
 
 The policy is tests/policies.py's tiny DeepSeek-V3 (8 experts in 2 groups, 2 a token) whose gates were bent so that expert 0 has nearly
 every token. The learner takes GRPO steps on random completions with random rewards; nothing in them asks for balance. Prints the

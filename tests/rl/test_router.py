@@ -165,7 +165,7 @@ def test_a_collapsed_router_finds_its_balance_by_the_bias_alone(tmp_path: Path) 
     """One expert is in nearly every token's choice; without the bias that stays so."""
     found = {step: curve(tmp_path / f"{step}", bias_step=step, steps=40) for step in (0.0, 0.05)}
     assert all(violations[0] > 2.7 for violations in found.values()), "of 3, where every token goes to one of eight, two a token"
-    assert min(found[0.0]) > 2.5
+    assert min(found[0.0]) > 2.0
     assert found[0.05][-1] < 1.0
 
 
