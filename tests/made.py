@@ -149,6 +149,15 @@ def gradients(learner: Learner, groups: list[Group], advantage: AdvantageConfig 
     return {name: grad.clone() for name, grad in learner.optim.grads()}
 
 
+def step_numbers(learner: Learner, groups: list[Group]) -> dict[str, torch.Tensor]:
+    """What a whole step says of itself, its routers and the mismatch, and the load that it counted."""
+    for batches in learner.batches(groups, group_advantage(groups, AdvantageConfig())):
+        learner.step(batches)
+    numbers = learner.watch.collect(with_kl=False) | learner.replay.collect() | learner.router.numbers()
+    assert learner.router.load_LE is not None
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()} | {"load": learner.router.load_LE}
+
+
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """Relative L2 distance of two sets of gradients."""
     assert a.keys() == b.keys()

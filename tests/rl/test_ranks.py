@@ -10,7 +10,7 @@ import numpy as np
 import policies
 import pytest
 import torch
-from made import NoFloat32, distance, gradients, make_groups, make_learner, near, random_routes
+from made import NoFloat32, distance, gradients, make_groups, make_learner, near, random_routes, step_numbers
 from safetensors.torch import load_file
 
 from data.values import Completion, Group
@@ -70,6 +70,17 @@ def test_two_ranks_give_the_gradients_of_one(
             )
         one = gradients(make_learner(policy, loss, router=router), groups)
     assert distance(of_two[f"{case}, {sharding}"], one) < 1e-10
+
+
+def test_two_ranks_count_the_load_and_the_mismatch_of_one(policy: Path, of_two: dict[str, dict[str, torch.Tensor]]) -> None:
+    with NoFloat32():
+        groups = random_routes(near(make_groups(REWARDS), policy), layers=2)
+        loss = LossConfig(kind="dapo", ratio_base="engine", replay="rollout")
+        one = step_numbers(make_learner(policy, loss, router=RouterConfig(aux_loss=0.5)), groups)
+    two = of_two["numbers"]
+    assert two.keys() == one.keys() and {"mismatch/ratio_p99", "mismatch/flipped_routes", "moe/loss"} < two.keys()
+    assert torch.equal(two.pop("load"), one.pop("load"))
+    assert {name: float(x) for name, x in two.items()} == pytest.approx({name: float(x) for name, x in one.items()}, rel=1e-9)
 
 
 def test_groups_cross_between_ranks_bit_by_bit() -> None:

@@ -275,10 +275,11 @@ def test_routing_bias_and_replayed_routes_go_on_after_a_stop_to_the_bit(tmp_path
     assert same_weights(out, tmp_path / "whole") and rows(out) == rows(tmp_path / "whole")
     last = rows(out)[-1]
     assert last["replay/live_tokens"] == 0.0 and last["mismatch/older_tokens"] == 0.0 and last["moe/max_violation"] > 0.0
-    files = [sorted((folder / "router").iterdir()) for folder in (out, tmp_path / "whole")]
-    assert [p.name for p in files[0]] == [f"step-{n}.npz" for n in (1, 2, 3, 4)]
-    bias = weights(out)["model.layers.1.mlp.gate.e_score_correction_bias"]
-    for a, b in zip(*files, strict=True):
-        with np.load(a) as left, np.load(b) as right:
-            assert np.array_equal(left["load"], right["load"]) and np.array_equal(left["bias"], right["bias"])
-    assert np.array_equal(left["bias"][0], bias.numpy()), "final/ holds the bias after the last step"
+    names = [f"step-{n}.npz" for n in (1, 2, 3, 4)]
+    assert sorted(p.name for p in (out / "router").iterdir()) == names
+    for name in names:
+        with np.load(out / "router" / name) as ours, np.load(tmp_path / "whole" / "router" / name) as wanted:
+            assert np.array_equal(ours["load"], wanted["load"]) and np.array_equal(ours["bias"], wanted["bias"])
+            bias = ours["bias"]
+    final = weights(out)["model.layers.1.mlp.gate.e_score_correction_bias"]
+    assert np.array_equal(bias[0], final.numpy()), "final/ holds the bias after the last step"

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from made import MAX_TOKENS, TEMPERATURE, NoFloat32, gradients, make_groups, make_learner, near, random_routes
+from made import MAX_TOKENS, TEMPERATURE, NoFloat32, gradients, make_groups, make_learner, near, random_routes, step_numbers
 from torch.distributed.tensor import DTensor
 
 from data.values import Group
@@ -59,6 +59,9 @@ def main() -> None:
     ranks = Ranks()
     found = {}
     with NoFloat32():
+        loss, router = settings_of("routers")
+        groups = ranks.groups(lambda: groups_of("routers", policy))
+        found["numbers"] = step_numbers(make_learner(policy, loss, micro_tokens=45, router=router), groups)
         for sharded in (False, True):
             os.environ.update(FSDP2 if sharded else {})
             for case in CASES:
