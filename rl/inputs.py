@@ -101,7 +101,10 @@ def check_router(recipe: TrainRecipe, config: Path | None) -> None:
     """InputError for a setting of the router, or a replay, that the policy of this config has no use for."""
     if config is None:
         return  # a hub id's is looked at when it is there
-    model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    try:
+        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except ValueError:
+        return  # loading the policy says what is wrong with it
     has = ROUTERS.get(model_type, ())
     for name, value in recipe.learner.router:
         if value and name not in has:

@@ -36,7 +36,7 @@ from rl.router_loss import aux_loss, load_of_logits, sequence_loss
 TAKES_ALL = 0.9
 """Max violation, over the largest there can be, at which an expert has nearly every token: routing has collapsed."""
 SAME_FEW = 1.5
-"""Effective experts (the exponential of the load's entropy), over K, below which all tokens go to the same few."""
+"""Effective experts (the exponential of the load's entropy), over K, below which all tokens go to the same few of many."""
 
 
 def gates(model: nn.Module) -> list[Any]:
@@ -235,14 +235,14 @@ def load_numbers(load_LE: torch.Tensor) -> dict[str, float]:
 def collapsed(load_LE: torch.Tensor, top_k: int) -> dict[int, str]:
     """By MoE layer (from 0), what is wrong with it: an expert that nearly every token goes to, or the same few experts for all."""
     experts = load_LE.shape[1]
-    if not load_LE.any() or experts <= SAME_FEW * top_k:
+    if not load_LE.any() or experts <= top_k:
         return {}
     found = {}
     effective_L = _entropy(load_LE).exp()
     for layer, share_E in enumerate(_share(load_LE)):
         if float(share_E.max()) * experts - 1 >= TAKES_ALL * (experts / top_k - 1):
             what = f"expert {int(share_E.argmax())} has {100 * top_k * float(share_E.max()):.0f} % of its tokens"
-        elif float(effective_L[layer]) < SAME_FEW * top_k:
+        elif float(effective_L[layer]) < SAME_FEW * top_k < experts / 2:
             what = f"its tokens go to {float(effective_L[layer]):.1f} of {experts} experts, {top_k} a token"
         else:
             continue
