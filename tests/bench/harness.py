@@ -78,12 +78,15 @@ def make_groups(case: Case, seed: int = 0, *, all_teach: bool = False) -> list[G
     """Random tokens; rewards 0 and 1 mixed in a group that teaches, all 0 in one that does not. `all_teach`: the same tokens, no zeros."""
     rng = np.random.default_rng(seed)
     groups = []
-    zero = round(case.zero * case.groups)
-    lengths = rng.lognormal(np.log(case.median), 0.6, (case.groups - zero, case.group_size)).clip(1, 4 * case.median).astype(int)
+    teaching = case.groups - round(case.zero * case.groups)
+    lengths: dict[tuple[int, int], int] = {}
     for g in range(case.groups):
         prompt = Prompt(f"p{g}", "", "", rng.integers(2, case.vocab, case.prompt).astype(np.int32))
         completions = []
-        for i, n in enumerate(lengths[g % len(lengths)].tolist()):
+        for i in range(case.group_size):
+            if g < teaching:
+                lengths[g, i] = int(np.clip(rng.lognormal(np.log(case.median), 0.6), 1, 4 * case.median))
+            n = lengths[g % teaching, i]
             completions.append(
                 Completion(
                     prompt_id=prompt.id, group_id=f"bench/p{g}/0", index=i, attempt=0, seed=i,
@@ -92,7 +95,7 @@ def make_groups(case: Case, seed: int = 0, *, all_teach: bool = False) -> list[G
                     finish_reason="stop", engine="bench",
                 )
             )  # fmt: skip
-        teaches = all_teach or g >= zero
+        teaches = all_teach or g < teaching
         scores = tuple(Score(float(teaches and i % 2 == 0)) for i in range(case.group_size))
         groups.append(Group(f"bench/p{g}/0", prompt, 0, tuple(completions), scores))
     return groups

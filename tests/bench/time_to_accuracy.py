@@ -127,6 +127,7 @@ def curve_of_ours(policy: str, files: dict[str, Path], folder: Path, seed: int, 
             last = now
             if "eval/pass@1" in row:
                 curve.append(Point(wall, cpu, row["eval/pass@1"]))
+                print(f"ours: step {row['step']}, {curve[-1]}", file=sys.stderr, flush=True)
         if curve and curve[-1].accuracy >= goal and training.poll() is None:
             training.terminate()
             training.wait()

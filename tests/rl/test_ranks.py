@@ -26,6 +26,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return policies.tiny_qwen3_moe(tmp_path_factory.mktemp("policy") / "moe", seed=0)
 
 
+DAPO = LossConfig(kind="dapo", ratio_base="engine")
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -50,25 +51,22 @@ def of_two(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.mark.parametrize("sharding", ["replicated", "sharded"])
 @pytest.mark.parametrize(
-    ("case", "rewards"),
+    ("case", "rewards", "loss"),
     [
-        ("spread", REWARDS),
-        ("routers", REWARDS),
-        ("one rank has only zero advantages", [REWARDS[0], [1, 1, 1, 1], [0, 0, 0, 0]]),
+        ("spread", REWARDS, DAPO),
+        ("routers", REWARDS, DAPO.model_copy(update={"replay": "rollout"})),
+        ("one rank has only zero advantages", [REWARDS[0], [1, 1, 1, 1], [0, 0, 0, 0]], DAPO),
+        ("gspo with KL", REWARDS, LossConfig(kind="gspo", ratio_base="engine", kl_coef=0.1, kl="k1")),
     ],
 )
 def test_two_ranks_give_the_gradients_of_one(
-    policy: Path, of_two: dict[str, dict[str, torch.Tensor]], case: str, rewards: list[list[float]], sharding: str
+    policy: Path, of_two: dict[str, dict[str, torch.Tensor]], case: str, rewards: list[list[float]], loss: LossConfig, sharding: str
 ) -> None:
     with NoFloat32():
-        groups, loss, router = near(make_groups(rewards), policy), LossConfig(kind="dapo", ratio_base="engine"), RouterConfig()
+        groups, router = near(make_groups(rewards), policy), RouterConfig()
         if case == "routers":  # as in two_ranks.py
-            groups, loss, router = (
-                random_routes(groups, layers=2),
-                loss.model_copy(update={"replay": "rollout"}),
-                RouterConfig(aux_loss=0.5),
-            )
-        one = gradients(make_learner(policy, loss, router=router), groups)
+            groups, router = random_routes(groups, layers=2), RouterConfig(aux_loss=0.5)
+        one = gradients(make_learner(policy, loss, reference=policy if loss.kl_coef else None, router=router), groups)
     assert distance(of_two[f"{case}, {sharding}"], one) < 1e-10
 
 

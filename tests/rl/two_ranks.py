@@ -18,37 +18,39 @@ from rl.ranks import Ranks
 from rl.shard import shard
 
 REWARDS = [[1, 0, 0, 1], [0, 1, 0, 0], [1, 1, 0.5, 0], [0.2, 0.9, 0.4, 0.0]]
+DAPO = LossConfig(kind="dapo", ratio_base="engine")
 CASES = {
-    "spread": REWARDS,
-    "routers": REWARDS,
-    "one rank has only zero advantages": [REWARDS[0], [1, 1, 1, 1], [0, 0, 0, 0]],
+    "spread": (REWARDS, DAPO),
+    # With an auxiliary loss over the load of all ranks and passes, and the routes that completions came with.
+    "routers": (REWARDS, DAPO.model_copy(update={"replay": "rollout"})),
+    "one rank has only zero advantages": ([REWARDS[0], [1, 1, 1, 1], [0, 0, 0, 0]], DAPO),
+    # The reference is the policy itself, from which k1 has a gradient all the same.
+    "gspo with KL": (REWARDS, LossConfig(kind="gspo", ratio_base="engine", kl_coef=0.1, kl="k1")),
 }
-
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 
 
 def groups_of(case: str, policy: Path) -> list[Group]:
-    groups = near(make_groups(CASES[case]), policy)
+    groups = near(make_groups(CASES[case][0]), policy)
     return random_routes(groups, layers=2) if case == "routers" else groups
 
 
-def settings_of(case: str) -> tuple[LossConfig, RouterConfig]:
-    """`routers`: with an auxiliary loss over the load of all ranks and passes, and with the routes that completions came with."""
-    mine = case == "routers"
-    return LossConfig(kind="dapo", ratio_base="engine", replay="rollout" if mine else "none"), RouterConfig(aux_loss=0.5 if mine else 0.0)
+def router_of(case: str) -> RouterConfig:
+    return RouterConfig(aux_loss=0.5 if case == "routers" else 0.0)
 
 
 def step_gradients(policy: Path, case: str, ranks: Ranks, sharded: bool) -> dict[str, torch.Tensor]:
     groups = ranks.groups(lambda: groups_of(case, policy))
-    loss, router = settings_of(case)
-    learner = make_learner(policy, loss, micro_tokens=45, router=router)
+    loss = CASES[case][1]
+    learner = make_learner(policy, loss, micro_tokens=45, reference=policy if loss.kl_coef else None, router=router_of(case))
     if sharded:
         exported = {name: tensor.clone() for name, tensor in learner.export()}
         shard(learner.model, ranks, torch.float64)
         learner = Learner(
-            learner.model, learner.loss, learner.config, ranks, sharded=torch.float64, temperature=TEMPERATURE, max_tokens=MAX_TOKENS
-        )
+            learner.model, learner.loss, learner.config, ranks, sharded=torch.float64, temperature=TEMPERATURE, max_tokens=MAX_TOKENS,
+            reference=learner.reference,
+        )  # fmt: skip
         assert all(torch.equal(exported[name], tensor) for name, tensor in learner.export()), "what is gathered is what was sharded"
     return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients(learner, groups).items()}
 
@@ -59,7 +61,7 @@ def main() -> None:
     ranks = Ranks()
     found = {}
     with NoFloat32():
-        loss, router = settings_of("routers")
+        loss, router = CASES["routers"][1], router_of("routers")
         groups = ranks.groups(lambda: groups_of("routers", policy))
         found["numbers"] = step_numbers(make_learner(policy, loss, micro_tokens=45, router=router), groups)
         for sharded in (False, True):
