@@ -3,9 +3,10 @@
     python tests/bench/pool_vs_generate.py POLICY [--prompts 64] [--group 8] [--max-tokens 48] [--turns 7]
 
 What is compared is tokens per engine-busy second: for the pool, seconds in which the engine had work (`Health.busy_s`); for
-`generate`, seconds of the call. Tokens over the pool's wall seconds, from the first submit to the last completion, stand beside.
-`generate` is asked twice a turn, once with the settings an engine has and once with vLLM's own for `LLM` (its larger budget of
-tokens a step). Each is a process of its own that waits while another samples; all sample the same tokens, and that is asserted.
+`generate`, seconds of the call. Tokens over the pool's wall seconds, from the first submit to the last completion, stand beside, and
+tokens per CPU second of the sampling process, which hold on a machine that others use as well. `generate` is asked twice a turn, once
+with the settings an engine has and once with vLLM's own for `LLM` (its larger budget of tokens a step). Each is a process of its own
+that waits while another samples; all sample the same tokens, and that is asserted.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from harness import line, table
 
 from rl.engines.base import Request, Sampling
@@ -87,18 +89,26 @@ class Bare:
         except EOFError:
             sys.exit(f"bare LLM is gone\n{log_tail(self.spec.log_path)}")
 
-    def sample(self, groups: list[list[Request]]) -> tuple[float, dict[str, list[int]]]:
+    def sample(self, groups: list[list[Request]]) -> tuple[float, float, dict[str, list[int]]]:
+        """Seconds, CPU seconds, tokens."""
+        cpu = cpu_s(self.process.pid)
         self.pipe.send(groups)
-        return self.ask()
+        taken, tokens = self.ask()
+        return taken, cpu_s(self.process.pid) - cpu, tokens
 
 
-def pool_sample(pool: RolloutPool, engine: VllmEngine, groups: list[list[Request]]) -> tuple[float, float, dict[str, list[int]]]:
-    """Busy seconds, wall seconds, tokens."""
+def cpu_s(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
+
+
+def pool_sample(pool: RolloutPool, engine: VllmEngine, groups: list[list[Request]]) -> tuple[float, float, float, dict[str, list[int]]]:
+    """Busy seconds, CPU seconds, wall seconds, tokens."""
     tokens: dict[str, list[int]] = {}
-    busy, began = engine.health().busy_s, time.perf_counter()
+    cpu, busy, began = cpu_s(engine.pid), engine.health().busy_s, time.perf_counter()
     pool.collect(groups, lambda completion: tokens.update({completion.id: completion.token_ids.tolist()}))
     wall = time.perf_counter() - began
-    return engine.health().busy_s - busy, wall, tokens
+    return engine.health().busy_s - busy, cpu_s(engine.pid) - cpu, wall, tokens
 
 
 def main() -> None:
@@ -124,12 +134,14 @@ def main() -> None:
                 samplers = (partial(pool_sample, pool, engine), like.sample, own.sample)
                 # who goes first changes with the turn
                 results = {n % 3: samplers[n % 3](groups) for n in range(turn, turn + 3)}
-                (busy, wall, tokens), (like_s, like_tokens), (own_s, own_tokens) = results[0], results[1], results[2]
+                busy, pool_cpu, wall, tokens = results[0]
+                (like_s, like_cpu, like_tokens), (own_s, own_cpu, own_tokens) = results[1], results[2]
                 assert tokens == like_tokens == own_tokens, "they did not sample the same"
                 count = sum(map(len, tokens.values()))
                 rates = {"pool_busy": busy, "pool_wall": wall, "generate": like_s, "generate_own": own_s}
                 row = {"turn": turn, "tokens": count} | {f"{name}_tokens_per_s": round(count / s, 1) for name, s in rates.items()}
                 row |= {"busy_share": round(like_s / busy, 3), "wall_share": round(like_s / wall, 3), "own_share": round(own_s / busy, 3)}
+                row |= {"cpu_share": round(like_cpu / pool_cpu, 3), "own_cpu_share": round(own_cpu / pool_cpu, 3)}
                 line(row)
                 if turn >= 0:  # the first warms up
                     rows.append(row)
@@ -137,8 +149,15 @@ def main() -> None:
             one.pipe.send(None)
             one.process.join()
     table(rows, tuple(rows[0]))
-    for name, what in (("busy_share", "busy second"), ("wall_share", "wall second"), ("own_share", "busy second, vLLM's own settings")):
-        print(f"pool / generate, tokens per {what}: median {statistics.median(r[name] for r in rows):.3f}")
+    shares = {
+        "busy_share": "busy second",
+        "wall_share": "wall second",
+        "own_share": "busy second, vLLM's own settings",
+        "cpu_share": "CPU second",
+        "own_cpu_share": "CPU second, vLLM's own settings",
+    }
+    for name, what in shares.items():
+        print(f"pool / generate, tokens per {what}: median {statistics.median(row[name] for row in rows):.3f}")
 
 
 if __name__ == "__main__":

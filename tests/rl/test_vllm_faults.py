@@ -153,8 +153,10 @@ from rl.engines.vllm import VllmEngine
 from rl.pool import RolloutPool
 
 if __name__ == "__main__":
-    policy, logs = map(Path, sys.argv[1:])
-    engines = [VllmEngine(n, policy, log_path=logs / f"{n}.log", max_model_len=128, slots=4, asynchronous=n == "b") for n in ("a", "b")]
+    policy, logs = map(Path, sys.argv[1:3])
+    engines = [VllmEngine(n, policy, log_path=logs / f"{n}.log", max_model_len=128, slots=4) for n in ("a", "b")]
+    if sys.argv[3] == "apart":
+        engines[1] = VllmEngine("b", policy, log_path=logs / "b.log", max_model_len=128, slots=4, asynchronous=True)
     with RolloutPool(engines) as pool:
         print(engines[0].pid, engines[1].pid, flush=True)
         time.sleep(60)
@@ -162,19 +164,19 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_no_process_outlives_the_trainer(folder: Path, tmp_path: Path, how: signal.Signals) -> None:
+@pytest.mark.parametrize("how, core", [(signal.SIGKILL, "apart"), (signal.SIGINT, "inside"), (signal.SIGTERM, "inside")])
+def test_no_process_outlives_the_trainer(folder: Path, tmp_path: Path, how: signal.Signals, core: str) -> None:
     """Neither an engine nor what it started nor the fork server; not even one that is stopped and reads nothing any more."""
     (tmp_path / "trainer.py").write_text(TRAINER)
-    command = [sys.executable, str(tmp_path / "trainer.py"), str(folder / "moe0"), str(tmp_path)]
+    command = [sys.executable, str(tmp_path / "trainer.py"), str(folder / "moe0"), str(tmp_path), core]
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=hears_ctrl_c
     ) as trainer:
         engine_pids = [int(pid) for pid in trainer.stdout.readline().split()]
         family = descendants(trainer.pid)
-        # The two engines, the engine core that one of them keeps apart, the fork server.
-        assert set(engine_pids) < set(family) and len(family) >= 4
+        # Two engines with their guards, the fork server and its resource tracker, and the engine core that one keeps apart.
+        assert set(engine_pids) < set(family) and len(family) >= 6 + (core == "apart")
         for pid in engine_pids:
             os.kill(pid, signal.SIGSTOP)
         trainer.send_signal(how)
