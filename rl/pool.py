@@ -121,7 +121,8 @@ class RolloutPool:
     # --- who gets what ------------------------------------------------------------------------------------------------
 
     def _feed(self) -> None:
-        """Keeps each engine a quarter over its slots, so that it never waits for a message from here."""
+        """Keeps engines over their slots, so that one never waits for a message from here: by a quarter, and by as much again as it
+        has slots where that leaves as much for all (completions that began together end together, more than a quarter in one step)."""
         while self.waiting:
             seat, room = self._place(self.waiting[0])
             if seat is None or room <= 0:
@@ -139,8 +140,12 @@ class RolloutPool:
         if request.group_id in self._groups:
             own = self._seats[request.position % len(self._seats)]
             return (own if own.up else min(up, key=lambda seat: len(seat.running), default=None)), len(self._groups[request.group_id])
-        seat = min(up, key=lambda seat: len(seat.running) / seat.engine.slots, default=None)
-        return seat, seat.engine.slots + max(1, seat.engine.slots // 4) - len(seat.running) if seat is not None else 0
+        if not up:
+            return None, 0
+        seat = min(up, key=lambda seat: len(seat.running) / seat.engine.slots)
+        slots = seat.engine.slots
+        over = slots if len(self.waiting) > sum(seat.engine.slots for seat in up) else max(1, slots // 4)
+        return seat, slots + over - len(seat.running)
 
     # --- what engines say ---------------------------------------------------------------------------------------------
 

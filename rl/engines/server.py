@@ -16,6 +16,9 @@ from typing import Any, Protocol
 from data.values import Completion
 from rl.engines.base import Health, PULSE_s, Request, WeightChunk
 
+TOGETHER_s = 0.003
+"""What comes to an idle engine so soon after one another begins together: a first step with one group would delay all others."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -98,12 +101,15 @@ class Server:
         """Ends with EOFError when the other end of the pipe is closed."""
         turned = told = time.perf_counter()
         tokens = 0
+        idle = True
         while True:
             sampling = bool(self.core.requests) and not self.paused
-            if not sampling or self.pipe.poll():
+            if not sampling or self.pipe.poll(TOGETHER_s if idle else 0.0):
                 self.answer(self.pipe.recv())
+                idle = idle or not sampling
             else:
                 self.give(self.core.step())
+                idle = False
             now = time.perf_counter()
             if sampling:
                 self.busy_s += now - turned

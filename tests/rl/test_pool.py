@@ -83,18 +83,31 @@ def requests(position: int, size: int) -> list[Request]:
 def test_engines_are_kept_full_and_no_fuller() -> None:
     a, b = TableEngine("a", slots=4), TableEngine("b", slots=4)
     with RolloutPool([a, b]) as pool:
-        for position in range(5):
+        for position in range(4):
             pool.submit(requests(position, 4))
-        assert (len(a.given), len(b.given), len(pool.waiting)) == (5, 5, 10)
+        assert (len(a.given), len(b.given), len(pool.waiting)) == (5, 5, 6)
         a.finish(3)
         assert len(pool.poll(1.0)) == 3
-        assert (len(a.given), len(b.given), len(pool.waiting)) == (5, 5, 7)
+        assert (len(a.given), len(b.given), len(pool.waiting)) == (5, 5, 3)
         for _ in range(10):
             a.finish(5)
             b.finish(5)
             pool.poll(0.1)
         assert pool.open == 0
     assert a.closed and b.closed
+
+
+def test_engines_have_a_second_batch_waiting_where_there_is_plenty_for_all() -> None:
+    a, b = TableEngine("a", slots=4), TableEngine("b", slots=4)
+    with RolloutPool([a, b]) as pool:
+        for position in range(10):
+            pool.submit(requests(position, 4))
+        assert (len(a.given), len(b.given), len(pool.waiting)) == (8, 8, 24)
+        for expected in ((8, 8, 8), (5, 3, 0)):  # the end is shared evenly
+            a.finish(8)
+            b.finish(8)
+            assert len(pool.poll(0.1)) == 16
+            assert (len(a.given), len(b.given), len(pool.waiting)) == expected
 
 
 def test_whole_groups_go_by_position_and_are_never_split() -> None:
