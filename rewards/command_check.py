@@ -1,9 +1,10 @@
 """`command_check`: runs a command that the recipe names, such as `lean` or `gcc`, on the completion, in the sandbox; 1 if it accepts it.
 
 The text is the last fenced block after the reasoning, or all of the answer where there is none. It stands in a file, `{file}` in the
-command. The command accepts by exit code 0; the text is data to it. Where the text could end the command early (Lean runs `#eval`),
-that proves nothing: `append` puts text after it in which `{nonce}` is a random word that must then stand alone in a line of the
-output, and `reject` has patterns that the text must not match, nor the output (`sorry`).
+command. The command accepts by exit code 0; the text is data to it. Where the text could end the command early, that proves nothing:
+`append` puts text after it in which `{nonce}` is a random word that must then stand alone in a line of the output, and `reject` has
+patterns that the text must not match, nor the output (`sorry`). Where the command runs what the text says (Lean's `#eval`), the text
+could read the word in its own file: reject what runs (`#eval`, `run_cmd`, `IO`).
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The corpus of programs, and what runs all of it on one backend: `python corpus.py CHECKOUT BACKEND` prints a JSON report.
+"""The corpus of programs, and what runs it on one backend: `python corpus.py CHECKOUT BACKEND whole|sample` prints a JSON report.
 
 It runs as a process of its own, so that the user can be root or not, and so that what it leaves behind can be counted: its secret in
 the environment, a file, sockets that listen. Programs run 8 at once, hostile beside honest.
@@ -20,6 +20,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 AT_ONCE = 8
 SECRET = "sk-canary-do-not-leak"
+ALWAYS = ("daemon", "cpu_limit_ignored", "disk_without_names", "memory_in_sockets", "deep_folders", "leave_the_tracer")
 PRELUDE = """
 import sys, os, json, ctypes
 T = json.loads(sys.stdin.readline() or "null")
@@ -131,7 +132,17 @@ def left_behind() -> dict[str, list[str]]:
     }
 
 
-def run(backend: str, only: str | None = None) -> dict[str, Any]:
+def chosen(which: str) -> list[Program]:
+    """`whole`, names with commas between them, or `sample`: the bombs and what else has once broken out, and a ninth of all others."""
+    programs = read("hostile") + read("honest")
+    if which == "whole":
+        return programs
+    if which == "sample":
+        return [p for index, p in enumerate(programs) if index % 9 == 0 or "bomb" in p.name or p.name in ALWAYS]
+    return [p for p in programs if p.name in which.split(",")]
+
+
+def run(backend: str, which: str) -> dict[str, Any]:
     from rewards.code_tests import run_test
     from rewards.sandbox import kernel
     from rewards.sandbox.judge import Sandbox
@@ -144,8 +155,7 @@ def run(backend: str, only: str | None = None) -> dict[str, Any]:
     numbers = {name: pair[column] for name, pair in REFUSED.items() if pair[column] is not None} | CALLS[machine]
     before, targets = left_behind(), Targets()
     os.environ["API_KEY"] = SECRET
-    programs = [p for p in read("hostile") + read("honest") if only is None or p.name in only.split(",")]
-    programs = [p for p in programs if p.needs is None or importlib.util.find_spec(p.needs)]
+    programs = [p for p in chosen(which) if p.needs is None or importlib.util.find_spec(p.needs)]
     random.Random(0).shuffle(programs)
     usual = Limits(cpu_s=4, wall_s=25.0, processes=32, memory_mb=640, output_mb=12, files_mb=32)
 

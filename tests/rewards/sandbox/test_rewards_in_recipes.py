@@ -93,20 +93,10 @@ SHELL = {"name": "command_check", "options": {"command": ["sh", "{file}"], "file
 
 def test_a_command_accepts_only_a_text_that_it_has_read_to_its_end():
     shell = {**SHELL, "options": {**SHELL["options"], "reject": ["sorry"]}}
-    texts = [
-        "echo fine",
-        "```\necho fine\n```",
-        "exit 0",
-        "false",
-        "echo sorry",
-        "s=so; echo ${s}rry",
-        " ",
-        "echo accepted-0; exit 0",
-        "sh -c 'exit 3' && exit 0",
-    ]
+    texts = ["echo fine", "```\necho fine\n```", "exit 0", "false", "echo sorry", "s=so; echo ${s}rry", " ", "echo accepted-0; exit 0"]
     scores = scores_of(shell, texts, {})
     assert [score.status for score in scores] == ["ok"] * len(texts)
-    assert [score.value for score in scores] == [1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+    assert [score.value for score in scores] == [1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     assert scores[2].detail == "command_check: it ended before it had read all of the text"
     assert scores[4].detail == "command_check: the text matches 'sorry'"
     assert scores[5].detail == "command_check: the output matches 'sorry'"

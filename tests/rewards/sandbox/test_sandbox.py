@@ -1,10 +1,14 @@
-"""The sandbox holds: a corpus of hostile and honest programs on every backend, as root and as an ordinary user, 8 at once."""
+"""The sandbox holds: a corpus of hostile and honest programs on every backend, as root and as an ordinary user, 8 at once.
+
+The suite runs a sample of the corpus on each; `COHORT_SANDBOX_CORPUS=1 python -m pytest tests/rewards/sandbox` runs all of it.
+"""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ from rewards.sandbox.limits import Limits
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parents[2]
+BACKENDS = ["namespaces", "landlock", "bubblewrap"]
 
 
 @pytest.fixture(scope="module")
@@ -23,39 +28,42 @@ def sandbox():
         yield sandbox
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("user", ["root", "ordinary"])
-@pytest.mark.parametrize("backend", ["namespaces", "landlock", "bubblewrap"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_hostile_program_is_held_and_every_honest_one_passes(backend, user):
-    if not os.environ.get("COHORT_SANDBOX_CORPUS"):
-        pytest.skip("bombs need an outer cap on processes and memory; COHORT_SANDBOX_CORPUS=1 runs them where there is one")
+    """A sample of the corpus; with COHORT_SANDBOX_CORPUS=1 all of it."""
     if backend == "bubblewrap" and not shutil.which("bwrap"):
         pytest.skip("bubblewrap is not installed")
     if user == "root" and os.geteuid():
         pytest.skip("the tests do not run as root")
-    command = [sys.executable, str(HERE / "corpus.py"), str(CHECKOUT), backend]
+    whole = bool(os.environ.get("COHORT_SANDBOX_CORPUS"))
+    command = [sys.executable, str(HERE / "corpus.py"), str(CHECKOUT), backend, "whole" if whole else "sample"]
     if user == "ordinary" and not os.geteuid():
         command = [sys.executable, str(HERE / "ordinary.py"), str(CHECKOUT), *command]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
     assert [result for result in report["results"] if not result["right"]] == []
-    assert sum(result["hostile"] for result in report["results"]) >= 80
-    assert sum(not result["hostile"] for result in report["results"]) >= 40
+    counts = [sum(result["hostile"] == hostile for result in report["results"]) for hostile in (True, False)]
+    assert counts[0] >= (150 if whole else 25) and counts[1] >= (65 if whole else 7), counts
     assert report["reached"] == []
     assert report["left"] == {"processes": [], "folders": [], "shared": [], "mounts": []}
 
 
+@pytest.mark.slow
 def test_humaneval_solutions_pass_and_empty_bodies_fail(sandbox, test_data):
     rows = [json.loads(line) for line in (test_data / "humaneval" / "HumanEval.jsonl").open()]
     assert len(rows) == 164
     limits = Limits(cpu_s=20, wall_s=60.0)
-    passed = {"canonical": 0, "pass": 0}
-    for row in rows:
+
+    def passes(row, body):
         test = {"asserts": f"{row['test']}\ncheck({row['entry_point']})"}
-        for kind, body in (("canonical", row["canonical_solution"]), ("pass", "    pass\n")):
-            passed[kind] += run_test(sandbox, row["prompt"] + body, test, limits).name == "passed"
-    assert passed == {"canonical": 164, "pass": 0}
+        return run_test(sandbox, row["prompt"] + body, test, limits).name == "passed"
+
+    with ThreadPoolExecutor(2) as threads:
+        canonical = sum(threads.map(lambda row: passes(row, row["canonical_solution"]), rows))
+        empty = sum(threads.map(lambda row: passes(row, "    pass\n"), rows))
+    assert (canonical, empty) == (164, 0)
 
 
 def test_a_failing_program_is_wrong_and_a_bad_row_is_an_error():
@@ -64,7 +72,7 @@ def test_a_failing_program_is_wrong_and_a_bad_row_is_an_error():
     details: dict[str, list[str]] = {}
     rewards = code_tests(["q"] * 3, [right, wrong, "none"], tests=[tests] * 3, log_extra=details.__setitem__)
     assert rewards == [1.0, 0.0, 0.0]
-    assert details["code_tests/detail"][1].startswith("tests[1]: wrong")
+    assert details["detail"][1].startswith("tests[1]: wrong")
     assert code_tests(["q"], [wrong], tests=[tests], reward="fraction") == [0.5]
     assert code_tests(["q"], [right], tests=[None]) == [None]
     with pytest.raises(ValueError, match="would pass"):
