@@ -1,7 +1,7 @@
 """Cleaning: filters, decontamination and dedup over a stream of rows, and a reason for every row that goes.
 
-The source is read twice. The first pass asks every filter and remembers of each row one byte (and, for dedup, some hashes in a
-file); the second gives the rows that stay, and those that are copies of better ones. So a data set of any size passes, and the
+The source is read more than once. The first pass asks every filter and remembers of each row one byte (and, for dedup, some hashes in a
+file); later ones give the copies of better rows, and the rows that stay. So a data set of any size passes, and the
 result depends on the rows and the config alone.
 """
 

@@ -60,8 +60,10 @@ class Dedup:
         return found | {index: Duplicate("exact_duplicate", of, 1.0) for index, of in self._same_text().items()}
 
     def _same_text(self) -> dict[int, int]:
+        if not self._digests:
+            return {}
         keys = np.frombuffer(self._digests, dtype=np.dtype("V16"))
-        order = np.lexsort((np.arange(len(keys)), -np.array(self._quality), *keys.view(np.uint64).reshape(-1, 2).T)) if len(keys) else []
+        order = np.lexsort((np.arange(len(keys)), -np.array(self._quality), *keys.view(np.uint64).reshape(-1, 2).T))
         found: dict[int, int] = {}
         first = -1
         for index in map(int, order):

@@ -1,11 +1,11 @@
 """Near duplicates: MinHash proposes pairs, and the exact Jaccard similarity of their shingles decides (arXiv:2107.06499, section 4).
 
-A shingle is a pair of neighbouring words, counted. Similar words alone do not make a duplicate: problems that are written from one template
-are as alike as copies with a few words changed. So two rows are one only if
+A shingle is a pair of neighbouring words, counted. Similar words alone do not make a duplicate: problems that are written from one
+template are as alike as copies with a few words changed. So two rows are one only if
 
 - their shingles are similar, and so are those that are no boilerplate (a shingle of more than sqrt(rows) rows is boilerplate);
 - so are their prompts, and their completions: other answers to one long prompt are no copies;
-- they stay similar if a difference counts twice that other rows have too, as what fills the places of a template does;
+- not all that differs stands in other rows too, as what fills the places of a template does, and where some does it counts twice;
 - neither has been given other numbers: not each holds a number that the other lacks;
 - their gold answers do not differ. Prompts that have the same one, a number or formula rare in the data, need less similarity.
 
@@ -113,6 +113,8 @@ class NearDuplicates:
         self._flush()
         rows = len(self._answers)
         assert len(quality) == rows, f"{len(quality)} qualities for {rows} rows"
+        if not rows:
+            return {}
         self._usual = max(FEW, int(rows**0.5))
         self._rare = self._rare_answers()
         clusters = _Clusters(rows)
@@ -154,7 +156,7 @@ class NearDuplicates:
         """Rows that agree in a band, two or more, in ascending order."""
         per_chunk = BANDS + 1
         chunks = range(band, len(self._bands.offsets) - 1, per_chunk)
-        keys = np.concatenate([self._bands.row(index) for index in chunks]) if chunks else np.empty(0, np.uint64)
+        keys = np.concatenate([self._bands.row(index) for index in chunks])
         order = np.argsort(keys, kind="stable")
         ends = np.flatnonzero(np.diff(keys[order], append=keys[order[-1:]] + np.uint64(1)))
         starts = np.concatenate([[0], ends[:-1] + 1])
@@ -200,11 +202,13 @@ class NearDuplicates:
         return similarity
 
     def _varied(self, ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
-        """Their similarity if a difference counts twice that stands in other rows too, as what fills a template's place does."""
+        """Their similarity if a difference counts twice that stands in other rows too; 0 if every one of them does."""
         one, other = np.concatenate(ours), np.concatenate(theirs)
         differences = np.setxor1d(one, other)
         common = len(np.intersect1d(one, other))
         twice = int((self._counts[differences % BINS] > self._usual // 4).sum())
+        if 0 < len(differences) == twice:
+            return 0.0
         return common / max(1, common + len(differences) + twice)
 
     def _telling(self, shingles: np.ndarray) -> np.ndarray:

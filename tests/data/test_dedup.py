@@ -181,7 +181,7 @@ def test_dedup_leaves_no_file_and_takes_no_rows_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ten_thousand_rows_of_one_template_stay_quick(tmp_path):
+def test_few_pairs_of_rows_from_templates_are_compared(tmp_path):
     # What is in many rows proposes no candidates: the number of pairs that are compared stays far below that of all pairs.
     from data.near import NearDuplicates
 
@@ -197,4 +197,4 @@ def test_ten_thousand_rows_of_one_template_stay_quick(tmp_path):
         for text in templated(3_000, seed=9):
             near.add(words(text), None, None)
         assert near.copies([0.0] * 3_000) == {}
-    assert compared < 30_000
+    assert compared < 0.02 * 3_000 * 3_000 / 2
