@@ -21,7 +21,7 @@ COLD_START := run.seed=$(SEED) run.name=quickstart_sft-$(SEED)
 GRPO := run.seed=$(SEED) run.name=quickstart-$(SEED) policy.path=outputs/quickstart_sft-$(SEED)/final
 endif
 
-.PHONY: help install train test check
+.PHONY: help install train pipeline test check
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -33,6 +33,20 @@ train: $(STAMP)  ## cold start, then GRPO with vLLM rollouts, on this machine; p
 	@$(BIN)/accelerate launch $(LAUNCH) -m sft.train recipes/quickstart_sft.yaml $(COLD_START)
 	@echo "==> GRPO: it learns from its own completions"
 	@$(BIN)/accelerate launch $(LAUNCH) -m rl.train recipes/quickstart.yaml $(GRPO)
+
+pipeline: $(STAMP)  ## cold start, two experts, curation from both, a fresh policy trained on it, and a table of all (recipes/pipeline)
+	@echo "==> 1 cold start: a tiny mixture of experts learns sums and differences from a weak demonstrator"
+	@$(BIN)/accelerate launch $(LAUNCH) -m sft.train recipes/pipeline/1_cold_start.yaml
+	@echo "==> 2 an expert of sums, by GRPO"
+	@$(BIN)/accelerate launch $(LAUNCH) -m rl.train recipes/pipeline/2_expert_add.yaml
+	@echo "==> 3 an expert of differences, by GRPO"
+	@$(BIN)/accelerate launch $(LAUNCH) -m rl.train recipes/pipeline/3_expert_subtract.yaml
+	@echo "==> 4 rejection sampling from both"
+	@$(BIN)/python -m sft.curate recipes/pipeline/4_curate.yaml
+	@echo "==> 5 a fresh policy learns from the curated rows"
+	@$(BIN)/accelerate launch $(LAUNCH) -m sft.train recipes/pipeline/5_final.yaml
+	@echo "==> 6 all of them on the held-out prompts of both kinds"
+	@$(BIN)/python -m sft.table recipes/pipeline/6_table.yaml
 
 test: $(STAMP)  ## the whole test suite
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -104,6 +104,8 @@ class Sampler:
         self.failed: list[Score] = []
         self.expected = 0
         self.spent: dict[str, Spent] = {}
+        self.scored_at = 0.0
+        """When the last score came, by time.perf_counter."""
         self._said = time.monotonic()
 
     def run(self, experts: Sequence[Expert], at_once: int, asked_to_end: Callable[[], bool] = lambda: False) -> bool:
@@ -220,6 +222,7 @@ class Sampler:
             self.counts["groups"] += 1
             self.counts["scored"] += len(scores)
             self._count_failed(scores)
+            self.scored_at = time.perf_counter()
         if len(self.failed) > self.max_error_rate * self.expected:
             self._stop()
 

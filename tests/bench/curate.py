@@ -1,0 +1,206 @@
+"""Curation: what kills do to it, and how busy it keeps an engine.
+
+    PYTHONPATH=.:tests python tests/bench/curate.py kills [--engine hf|vllm] [--policy POLICY] [--kills 30] [--prompts 40]
+    PYTHONPATH=.:tests python tests/bench/curate.py busy POLICY [--prompts 400] [--group 4] [--turns 5]
+
+kills: a curation of two experts is killed (SIGKILL, its whole process group) at random moments and started again until it ends. After
+each kill the journal is read; what it holds may neither be asked of an engine nor handed to the rewards again. With hf the files at
+the end are byte for byte those of a run that was never killed.
+
+busy: tokens per engine-busy second of curation, journal, rewards and all, against bare `LLM.generate` on the same prompts, seeds and
+settings, turn by turn in the same run. Loading stands apart. `wall` counts from the first request to the last score.
+"""
+
+import argparse
+import multiprocessing
+import os
+import random
+import statistics
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from curation import Killed, files_of, small_recipe, write_recipe
+from harness import line, table
+
+from data.recipe import parse
+
+
+def kills(arguments: argparse.Namespace) -> None:
+    import sft.records
+    import sft.sampling  # noqa: F401
+
+    with tempfile.TemporaryDirectory() as folder:
+        whole, killed = Path(folder) / "whole", Path(folder) / "killed"
+        for place in (whole, killed):
+            place.mkdir()
+            write_recipe(place, _recipe(place, arguments))
+        began = time.monotonic()
+        assert Killed(whole).run_for(1800) == 0, (whole / "log.txt").read_text()[-2000:]
+        taken = time.monotonic() - began
+        curation, rng = Killed(killed), random.Random(arguments.seed)
+        done, line_number, repeated = 0, 0, 0
+        while True:
+            completions, scored = curation.held()
+            # Work is left for every kill that is still to come.
+            code = curation.run_for(rng.uniform(0.0, 1.3 * taken / (1 + done / 10)) if done < arguments.kills else 1800)
+            asked, judged, line_number = curation.asked_since(line_number)
+            repeated += len(asked & completions) + len(judged & scored)
+            line({"kill": done, "held": len(completions), "scored": len(scored), "asked": len(asked), "repeated": repeated, "code": code})
+            if code is not None and (code != 0 or done >= arguments.kills):
+                break
+            if code == 0:  # it ended before its kill: the next one starts from nothing
+                for entry in (killed / "outputs").rglob("*"):
+                    if entry.is_file():
+                        entry.unlink()
+                continue
+            done += 1
+        assert code == 0, (killed / "log.txt").read_text()[-2000:]
+        same = files_of(killed / "outputs/curation/curated") == files_of(whole / "outputs/curation/curated")
+        print(f"{done} kills, {repeated} completions or groups asked for again, files byte for byte the same: {same}")
+        assert not repeated and (same or arguments.engine == "vllm")
+
+
+def _recipe(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    recipe = small_recipe(folder, prompts=arguments.prompts)
+    if arguments.engine == "vllm":
+        for expert in recipe["experts"]:
+            expert["rollout"] = expert["rollout"] | {"engine": "vllm", "slots": 16, "max_tokens": 32}
+            if arguments.policy:
+                expert["path"] = str(arguments.policy.absolute())
+    return recipe
+
+
+# --- busy ---------------------------------------------------------------------------------------------------------------
+
+
+def busy(arguments: argparse.Namespace) -> None:
+    from rl.engines.vllm import VllmSpec
+    from sft.curate_config import CurateRecipe
+    from sft.experts import Expert
+
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = parse(
+            {
+                "run": {"name": "busy", "output_dir": folder},
+                "experts": [
+                    {
+                        "name": "expert",
+                        "path": str(arguments.policy),
+                        "prompts": {"task": "arithmetic", "limit": arguments.prompts},
+                        "rollout": {"group_size": arguments.group, "max_tokens": 48, "slots": arguments.slots},
+                    }
+                ],
+                "rewards": {"parts": [{"name": "math_answer", "requires": "think_format"}]},
+            },
+            CurateRecipe,
+            "benchmark",
+        )
+        expert = Expert(recipe, recipe.experts[0])
+        spec = VllmSpec(
+            "bare", arguments.policy, "float32", expert.max_model_len, arguments.slots, 1, 1, (), 0.85, Path(folder) / "bare.log", False,
+            "cohort_file",
+        )  # fmt: skip
+        pipe, other = multiprocessing.get_context("spawn").Pipe()
+        process = multiprocessing.get_context("spawn").Process(target=bare, args=(other, spec), daemon=True)
+        process.start()
+        pipe.recv()
+        rows = []
+        for turn in range(arguments.turns):
+            ours = curated(recipe, expert, Path(folder) / f"turn-{turn}")
+            pipe.send(ours.pop("requests"))
+            seconds, tokens = pipe.recv()
+            assert tokens == ours["tokens"], f"they did not sample the same: {tokens} tokens and {ours['tokens']}"
+            rates = {"ours_busy": ours["busy_s"], "ours_wall": ours["wall_s"], "generate": seconds}
+            row = {"turn": turn, "tokens": tokens, "loading_s": round(ours["loading_s"], 2)}
+            row |= {f"{name}_tokens_per_s": round(tokens / s, 1) for name, s in rates.items()}
+            row |= {"busy_share": round(seconds / ours["busy_s"], 3), "wall_share": round(seconds / ours["wall_s"], 3)}
+            line(row)
+            rows.append(row)
+        pipe.send(None)
+        process.join()
+    table(rows, tuple(rows[0]))
+    for name, what in (("busy_share", "engine-busy second"), ("wall_share", "second from the first request to the last score")):
+        print(f"curation / generate, tokens per {what}: median {statistics.median(row[name] for row in rows):.3f}")
+
+
+def curated(recipe: Any, expert: Any, folder: Path) -> dict[str, Any]:
+    """One curation's sampling and scoring, on an engine of its own."""
+    from data.journal import Journal
+    from rewards.scorer import Scorer
+    from rl.pool import RolloutPool
+    from sft.sampling import Sampler
+
+    folder.mkdir()
+    asked: list[Any] = []
+    first: list[float] = []
+    submit = RolloutPool.submit
+
+    def noting(pool: Any, requests: Any) -> None:
+        first.append(time.perf_counter())
+        asked.extend(requests)
+        submit(pool, requests)
+
+    RolloutPool.submit = noting  # type: ignore[method-assign]
+    try:
+        with Journal(folder / "journal.sqlite") as journal, Scorer(recipe.rewards) as scorer:
+            sampler = Sampler(journal, scorer, folder, 1.0, print)
+            assert sampler.run([expert], 1)
+            ended = time.perf_counter()
+    finally:
+        RolloutPool.submit = submit  # type: ignore[method-assign]
+    spent = sampler.spent["expert"]
+    wall = sampler.scored_at - first[0]
+    assert ended >= sampler.scored_at
+    return {"requests": asked, "tokens": spent.tokens, "busy_s": spent.busy_s, "loading_s": spent.loading_s, "wall_s": wall}
+
+
+def bare(pipe: Connection, spec: Any) -> None:
+    """A process with an `LLM`; answers requests with seconds and tokens."""
+    with spec.log_path.open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    from vllm import LLM
+    from vllm.inputs import TokensPrompt
+
+    from rl.engines.vllm_worker import engine_config, sampling_params
+
+    config = engine_config(spec)  # sets threads and environment as for an engine
+    llm = LLM(
+        str(spec.policy_path), dtype=spec.dtype, max_model_len=spec.max_model_len, max_num_seqs=spec.slots, enforce_eager=True,
+        enable_chunked_prefill=False, kv_cache_memory_bytes=config.cache_config.kv_cache_memory_bytes,
+        max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens, logprobs_mode="processed_logprobs",
+        disable_log_stats=True, seed=0,
+    )  # fmt: skip
+    pipe.send(None)
+    while (requests := pipe.recv()) is not None:
+        prompts = [TokensPrompt(prompt_token_ids=request.prompt_ids.tolist()) for request in requests]
+        params = [sampling_params(request) for request in requests]
+        began = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        pipe.send((time.perf_counter() - began, sum(len(output.outputs[0].token_ids) for output in outputs)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    modes = parser.add_subparsers(dest="mode", required=True)
+    killing = modes.add_parser("kills")
+    killing.add_argument("--engine", choices=["hf", "vllm"], default="hf")
+    killing.add_argument("--policy", type=Path, help="with vllm; its tokenizer has to know digits and '='")
+    killing.add_argument("--kills", type=int, default=30)
+    killing.add_argument("--prompts", type=int, default=40)
+    killing.add_argument("--seed", type=int, default=0)
+    sampling = modes.add_parser("busy")
+    sampling.add_argument("policy", type=Path)
+    sampling.add_argument("--prompts", type=int, default=400)
+    sampling.add_argument("--group", type=int, default=4)
+    sampling.add_argument("--slots", type=int, default=128)
+    sampling.add_argument("--turns", type=int, default=5)
+    arguments = parser.parse_args()
+    kills(arguments) if arguments.mode == "kills" else busy(arguments)
+
+
+if __name__ == "__main__":
+    main()
