@@ -1,4 +1,4 @@
-"""Checkpoints of an SFT run, and the SFTTrainer that goes on from one with every expert as it was.
+"""Checkpoints of an SFT run, and how a Trainer goes on from one with every expert as it was.
 
 transformers.Trainer writes a mixture of experts by the names of its experts and does not put them together again when it resumes:
 experts would be back at their first weights without a word (transformers issue 48805). Here what is trained is written under the
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
-from trl import SFTTrainer
 
 from data.recipe import InputError
 
@@ -26,8 +25,8 @@ WEIGHTS = "trained.safetensors"
 WHOLE = "whole.json"
 
 
-class ResumableTrainer(SFTTrainer):
-    """SFTTrainer whose checkpoints hold what is trained, exactly; `data_fingerprint` tells the rows of one run from another's."""
+class Resumable(Trainer):
+    """A Trainer whose checkpoints hold what is trained, exactly; `data_fingerprint` tells the rows of one run from another's."""
 
     data_fingerprint = ""
 

@@ -43,21 +43,22 @@ def main() -> int:
 
 
 def run(recipe: CurateRecipe, folder: RunFolder) -> int:
-    """Samples, scores, writes, and says in exit.json how it ended."""
+    """Samples, scores, writes, and says in exit.json how it ended; a mistake that is found only then leaves a new folder empty."""
     from rl.run import Interrupted
 
     try:
         result = curate(recipe, folder)
-    except InUse:
-        raise  # the folder is another process's, its exit.json too
+    except InputError as error:
+        if not isinstance(error, InUse):  # then the folder is another process's
+            folder.withdraw()
+        raise
     except BaseException as error:
-        code = AGAIN if isinstance(error, Interrupted) else 2 if isinstance(error, InputError) else 1
         if folder.path.is_dir():
-            folder.write_exit(code, f"{type(error).__name__}: {error}")
-        known = None if isinstance(error, InputError) else stopped(error, str(folder.path))
-        if known is None:
+            folder.write_exit(AGAIN if isinstance(error, Interrupted) else 1, f"{type(error).__name__}: {error}")
+        code = stopped(error, str(folder.path))
+        if code is None:
             raise
-        return known
+        return code
     folder.write_exit(0, "finished", result)
     return report(folder, result)
 

@@ -62,6 +62,7 @@ class Expert:
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.folder)
         (read,), self.max_model_len = read_prompt_sets(self.recipe, [self.recipe.prompts], self.tokenizer)
         self.prompts: Sequence[Prompt] = read.prompts
+        self._check_rows(recipe)
         self.kept: list[int] = list(range(len(self.prompts)))
         """Places of the prompts that cleaning left; a prompt keeps its place whatever goes before it."""
         digest = hashlib.blake2b(f"{recipe.run.seed} {config.name}".encode(), digest_size=4).digest()
@@ -85,6 +86,22 @@ class Expert:
 
     def completion_seed(self, prompt: Prompt, attempt: int, index: int) -> int:
         return completion_seed(self.seed, prompt.id, attempt, index)
+
+    def _check_rows(self, recipe: CurateRecipe) -> None:
+        """InputError, before anything is sampled, for a row without the original response that is wanted, or with an unknown route."""
+        column = self.config.original
+        for prompt in self.prompts:
+            if column is not None:
+                response = prompt.columns.get(column)
+                if not isinstance(response, str) or not response.strip():
+                    raise InputError(
+                        f"experts: {self.name}: original: prompt '{prompt.id}' has no text in the column '{column}' ({response!r:.40}); "
+                        "give it one, or leave `original` out"
+                    )
+            try:
+                recipe.rewards.parts_for(prompt.columns)
+            except ValueError as error:
+                raise InputError(f"experts: {self.name}: prompt '{prompt.id}': {error}; add the route, or correct the row") from None
 
     # --- before sampling ------------------------------------------------------------------------------------------------
 
@@ -116,14 +133,8 @@ class Expert:
 
     def _original(self, position: int, column: str) -> Job:
         prompt = self.prompts[position]
-        response = prompt.columns.get(column)
-        if not isinstance(response, str) or not response.strip():
-            raise InputError(
-                f"experts: {self.name}: original: prompt '{prompt.id}' has no text in the column '{column}' ({response!r:.40}); "
-                "give it one, or leave `original` out"
-            )
         slot = Slot(self.name + ORIGINAL, position, prompt.id)
-        return Job(slot, prompt, 1, [self._given(slot, 0, response, "original")])
+        return Job(slot, prompt, 1, [self._given(slot, 0, prompt.columns[column], "original")])
 
     def _given(self, slot: Slot, index: int, text: str, engine: str, finish_reason: str = "stop") -> Completion:
         """A text that is not sampled here, as a completion."""

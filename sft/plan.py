@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from sft.config import SftPolicyConfig, SftRecipe
 from sft.init import build_tokenizer, init_config
 from sft.tokens import tokenise
+from sft.trainer import marked_template
 
 BYTES_PER_PARAMETER = 16
 """FP32 weight, gradient and two AdamW moments."""
@@ -19,7 +20,7 @@ def describe(recipe: SftRecipe, rows: list[dict[str, Any]]) -> str:
     """A few lines about policy, rows and memory."""
     tokenizer = _tokenizer(recipe.policy)
     some = rows[:MEASURED_ROWS]
-    lengths = [len(row["input_ids"]) for row in tokenise(some, tokenizer, None, "refuse").rows]
+    lengths = [len(row["input_ids"]) for row in tokenise(some, tokenizer, None, "refuse", marked_template).rows]
     parameters = _parameters(recipe.policy)
     needed, available = parameters * BYTES_PER_PARAMETER, _memory()
     fits = "fits" if needed < available else "does not fit on one rank: shard it with an FSDP2 config"

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from data.rows import SourceRow
 from data.select import Choice, in_window, is_right, pairs, pass_rate, preference_row, select
 from data.values import Group, Messages, Prompt, Provenance, Record
 from rewards.answers import find_answer
+from rl.stream import RunStopped
 from sft.curate_config import CurateRecipe
 from sft.experts import ORIGINAL, Expert
 from sft.provenance import recipe_hash, reward_versions
@@ -35,18 +36,18 @@ CHUNK = 256
 """Groups in memory at a time."""
 OPEN = "<think>"
 FOLDER = "curated"
-CANDIDATES = ".candidates.jsonl"
+CANDIDATES, UNSELECTED = ".candidates.jsonl", ".unselected.jsonl"
 
 
 class Writer:
-    """Writes `<run>/curated` from the journal; `rejected` are the prompts that were cleaned away before sampling."""
+    """Writes `<run>/curated` from the journal."""
 
     def __init__(self, recipe: CurateRecipe, experts: Sequence[Expert], journal: Journal, run: Path):
         self.recipe = recipe
         self.experts = experts
         self.journal = journal
         self.run = run
-        self.work = run / f".{FOLDER}.partial"
+        self.work = run / ".writing" / FOLDER  # under the name that the card will have
         self.counts: Counter[str] = Counter()
         self.versions = reward_versions(recipe.rewards)
         self.hash = recipe_hash(recipe)
@@ -56,9 +57,14 @@ class Writer:
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
         cleaning = Cleaning(self.recipe.clean, self._candidates, self.work)
-        write_lines(self.work / CANDIDATES, (json.dumps(row, ensure_ascii=False) for row in self._chosen_rows(cleaning.stages)))
-        before = [rejection for _, rejections in cleaned for rejection in rejections]
-        write_rejected(self.work / "rejected.parquet", (r for part in (before, cleaning.rejections()) for r in part))
+        self._spool(cleaning.stages)
+        before = (rejection for _, rejections in cleaned for rejection in rejections)
+        write_rejected(self.work / "rejected.parquet", chain(before, self._unselected(), cleaning.rejections()))
+        if not cleaning.counts["kept"]:
+            raise RunStopped(
+                f"no row is left: of {self.counts['completions']:,} completions {self.counts['right']:,} were right, "
+                f"{self.counts['selected']:,} were selected, and cleaning kept none; {self.work / 'rejected.parquet'} says why of each"
+            )
         write_records(self.work, lambda: (record_from_row(row.values) for row in cleaning.kept()))
         hits = [hit for each, _ in cleaned for hit in each.hits] + cleaning.hits
         write_lines(self.work / "contamination.jsonl", (json.dumps(dataclasses.asdict(hit), ensure_ascii=False) for hit in hits))
@@ -67,7 +73,8 @@ class Writer:
         report = self._report(cleaned, cleaning)
         write_lines(self.work / "report.json", [json.dumps(report, indent=2, ensure_ascii=False)])
         write_lines(self.work / "recipe.yaml", resolved_yaml(self.recipe).splitlines())
-        (self.work / CANDIDATES).unlink()
+        for spool in (CANDIDATES, UNSELECTED):
+            (self.work / spool).unlink()
         write_card(self.work, self.recipe.licences)
         self._put_in_place()
         return report
@@ -88,31 +95,67 @@ class Writer:
         order = range(attempt.size)
         return Group(attempt.group_id, prompt, attempt.attempt, tuple(completions[i] for i in order), tuple(scores[i] for i in order))
 
-    def choices(self, expert: Expert, taken: Counter[str]) -> Iterator[tuple[Choice, Attempt]]:
-        """What `select` keeps of an expert's groups; `taken` counts completions by prompt over all experts."""
-        config = self.recipe.select
-        most = config.max_per_prompt
-        groups = self.groups(expert)
-        while chunk := list(islice(groups, CHUNK)):
-            attempts = {group.id: attempt for group, attempt in chunk}
-            self._count(group for group, _ in chunk)
-            for choice in self._select([group for group, _ in chunk], expert):
-                prompt_id = choice.group.prompt.id
-                if most is None or taken[prompt_id] < most:
-                    taken[prompt_id] += 1
-                    yield choice, attempts[choice.group.id]
+    def _spool(self, filters: Sequence[str]) -> None:
+        """What `select` keeps, as rows of records, and what it does not, with the reason; each into a file, group by group."""
+        taken: Counter[str] = Counter()
+        with (self.work / CANDIDATES).open("w", encoding="utf-8") as kept, (self.work / UNSELECTED).open("w", encoding="utf-8") as others:
+            for expert in self.experts:
+                groups = self.groups(expert)
+                while chunk := list(islice(groups, CHUNK)):
+                    self._count(group for group, _ in chunk)
+                    attempts = {group.id: attempt for group, attempt in chunk}
+                    chosen = self._select([group for group, _ in chunk], expert, taken)
+                    for choice in chosen:
+                        self.counts["selected"] += 1
+                        record = self._record(expert, choice, attempts[choice.group.id], filters)
+                        kept.write(json.dumps(record_row(record), ensure_ascii=False) + "\n")
+                    places = {(choice.group.id, choice.index) for choice in chosen}
+                    for group, attempt in chunk:
+                        for index in range(attempt.size):
+                            if (group.id, index) not in places:
+                                others.write(json.dumps(self._left_out(expert, group, index, attempt), ensure_ascii=False) + "\n")
 
-    def _select(self, groups: Sequence[Group], expert: Expert) -> list[Choice]:
+    def _select(self, groups: Sequence[Group], expert: Expert, taken: Counter[str]) -> list[Choice]:
+        """What `select` keeps of some groups; `taken` counts completions by prompt over all experts."""
+
         def answers(group: Group) -> list[str | None]:
             return [find_answer(expert.text(completion), group.prompt.text) for completion in group.completions]
 
         # An original response stands alone: it has no pass rate to speak of, and nothing to be chosen from.
         alone = self.recipe.select.model_copy(update={"pass_rate": None, "rule": "all_correct"})
+        most = self.recipe.select.max_per_prompt
         chosen: list[Choice] = []
         for group in groups:
             is_original = group.id.startswith(f"{expert.name}{ORIGINAL}/")
-            chosen += select([group], alone if is_original else self.recipe.select, answers)
+            room = None if most is None else max(0, most - taken[group.prompt.id])
+            chosen += (of_group := select([group], alone if is_original else self.recipe.select, answers)[:room])
+            taken[group.prompt.id] += len(of_group)
         return chosen
+
+    def _left_out(self, expert: Expert, group: Group, index: int, attempt: Attempt) -> dict[str, Any]:
+        """A completion that is not selected, with the reason, as a row of UNSELECTED."""
+        config, score = self.recipe.select, group.scores[index]
+        rate = pass_rate(group, config)
+        if score.status in ("timeout", "error"):
+            reason, detail = "failed_score", score.detail
+        elif score.status == "unscored":
+            reason, detail = "unscored", score.detail
+        elif not is_right(group, index, config):
+            reason, detail = "wrong", f"reward {score.value:g}; {score.detail}".rstrip("; ")
+        elif not in_window(group, config):
+            reason, detail = "pass_rate", f"{rate:.0%} of its group are right"
+        else:
+            reason, detail = "not_chosen", f"right, and {config.rule} chose others"
+        messages = written_messages(group.prompt, expert, expert.text(group.completions[index]), attempt.slot.run.endswith(ORIGINAL))
+        values = {"messages": messages, "group_id": group.id, "index": index, "expert": attempt.slot.run, "reward": score.value}
+        return {"number": attempt.slot.position + 1, "id": group.prompt.id, "reason": reason, "detail": detail, "values": values}
+
+    def _unselected(self) -> Iterator[Rejection]:
+        with (self.work / UNSELECTED).open(encoding="utf-8") as file:
+            for row in map(json.loads, file):
+                self.counts[f"unselected/{row['reason']}"] += 1
+                source = SourceRow(row["values"]["expert"], row["number"], row["values"])
+                yield Rejection(source, row["id"], row["reason"], row["detail"])
 
     def _count(self, groups: Iterator[Group]) -> None:
         config = self.recipe.select
@@ -126,13 +169,6 @@ class Writer:
             )  # fmt: skip
 
     # --- records --------------------------------------------------------------------------------------------------------
-
-    def _chosen_rows(self, filters: Sequence[str]) -> Iterator[dict[str, Any]]:
-        taken: Counter[str] = Counter()
-        for expert in self.experts:
-            for choice, attempt in self.choices(expert, taken):
-                self.counts["selected"] += 1
-                yield record_row(self._record(expert, choice, attempt, filters))
 
     def _candidates(self) -> Iterator[SourceRow]:
         with (self.work / CANDIDATES).open(encoding="utf-8") as file:
@@ -205,6 +241,7 @@ class Writer:
     def _report(self, cleaned: Sequence[tuple[Cleaning, Sequence[Rejection]]], cleaning: Cleaning) -> dict[str, Any]:
         counts = self.counts
         rejected = sum((each.counts for each in (*(c for c, _ in cleaned), cleaning)), Counter[str]())
+        rejected.update({name.partition("/")[2]: n for name, n in counts.items() if name.startswith("unselected/")})
         reasons = {reason: n for reason, n in sorted(rejected.items()) if reason not in ("read", "kept") and n}
         stages = [
             ["prompts", sum(c.counts["read"] for c, _ in cleaned)],
@@ -218,7 +255,7 @@ class Writer:
         return {
             "stages": stages,
             "rejected": reasons,
-            "counts": {name: counts[name] for name in sorted(counts)},
+            "counts": {name: counts[name] for name in sorted(counts) if "/" not in name},
             "experts": {expert.name: {"weights": expert.weights, "prompts": len(expert.kept)} for expert in self.experts},
             "rewards": self.versions,
             "recipe_hash": self.hash,
@@ -226,12 +263,12 @@ class Writer:
 
     def _put_in_place(self) -> None:
         """The new folder for the old one: two renames, so that no reader sees a half of each."""
-        place, old = self.run / FOLDER, self.run / f".{FOLDER}.old"
+        place, old = self.run / FOLDER, self.run / ".writing" / "old"
         shutil.rmtree(old, ignore_errors=True)
         if place.exists():
             os.replace(place, old)
         os.replace(self.work, place)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.run / ".writing")
 
 
 def written_messages(prompt: Prompt, expert: Expert, text: str, is_original: bool = False) -> Messages:

@@ -16,7 +16,7 @@ from sft.config import SftRecipe, SourceConfig
 
 def load_rows(recipe: SftRecipe) -> list[dict[str, Any]]:
     """All rows of the recipe's `data`; raises InputError for a file or a row that cannot be trained on."""
-    sources = recipe.data.sources or [recipe.data]
+    sources: list[SourceConfig] = [*recipe.data.sources] or [recipe.data]
     rows: list[dict[str, Any]] = []
     for source in sources:
         seen = (recipe.sft.steps or 0) * recipe.sft.batch_size

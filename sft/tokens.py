@@ -8,12 +8,12 @@ that no token reaches over the place where sampling begins. A chat with several 
 Rows longer than the context are refused by number, or left out and counted. None ever loses its end.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from data.recipe import InputError
 from data.values import Messages
@@ -22,6 +22,8 @@ IGNORED = -100
 """Label of a token that is read and not learned, as torch's cross entropy has it."""
 
 Ids = list[int]
+Marked = Callable[[PreTrainedTokenizerBase], str]
+"""A tokenizer's chat template with marks around what an assistant writes; ValueError where there is none."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,14 @@ class TokenRows:
     """Tokens of the longest row that stays."""
 
 
-def tokenise(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int | None, too_long: str) -> TokenRows:
+def tokenise(
+    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int | None, too_long: str, marked: Marked
+) -> TokenRows:
     """All rows in their order; InputError for one that is too long (with `refuse`) and where none is left."""
     kept = []
     for number, row in enumerate(rows, start=1):
         try:
-            ids, labels = _row(row, tokenizer)
+            ids, labels = _row(row, tokenizer, marked)
         except (TemplateError, ValueError) as error:
             raise InputError(f"data: row {number}: {' '.join(str(error).split())}") from None
         if max_length is None or len(ids) <= max_length:
@@ -56,14 +60,14 @@ def tokenise(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max
     return TokenRows(kept, len(rows) - len(kept), max(len(row["input_ids"]) for row in kept))
 
 
-def _row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[Ids, Ids]:
+def _row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, marked: Marked) -> tuple[Ids, Ids]:
     """Token ids and labels of one row; ValueError or TemplateError where the chat template does not fit it."""
     if isinstance(row.get("prompt"), str):
         prompt = tokenizer(row["prompt"])["input_ids"]
         return _joined(prompt, _ended(_plain(row["completion"], tokenizer), tokenizer))
     messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
     if "messages" in row and sum(message["role"] == "assistant" for message in messages) > 1:
-        return _marked(messages, tokenizer)
+        return _every_turn(messages, tokenizer, marked(tokenizer))
     opened = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     assert isinstance(opened, str) and isinstance(whole, str)
@@ -89,11 +93,8 @@ def _ended(learned: Ids, tokenizer: PreTrainedTokenizerBase) -> Ids:
     return learned[: len(learned) - learned[::-1].index(end)]
 
 
-def _marked(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[Ids, Ids]:
-    """Every assistant turn by the template's own marks."""
-    template = tokenizer.chat_template
-    if not has_generation_markers(template):
-        template = get_training_chat_template(tokenizer)  # ValueError for one that trl does not know
+def _every_turn(messages: Messages, tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[Ids, Ids]:
+    """Every assistant turn by the template's marks."""
     found = tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )

@@ -27,13 +27,15 @@ from transformers import (
     TrainerCallback,
 )
 from trl import SFTConfig as TrlConfig
+from trl import SFTTrainer
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from data.recipe import InputError
 from rl.lora import add_adapter
 from rl.metrics_file import MetricsFile
 from rl.policy import checkpoint_views, load_model, load_tokenizer, policy_folder, save_policy
 from rl.run import Interrupted
-from sft.checkpoint import ResumableTrainer, newest, remove_checkpoints
+from sft.checkpoint import Resumable, newest, remove_checkpoints
 from sft.config import SftRecipe
 from sft.init import init_policy
 from sft.ranks import ranks
@@ -47,6 +49,10 @@ Policy = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 # Their bars would fill a log; the lines of _Log say how far a run is.
 datasets.disable_progress_bars()
 transformers.utils.logging.disable_progress_bar()
+
+
+class ResumableTrainer(Resumable, SFTTrainer):
+    """trl's trainer with checkpoints that hold every expert."""
 
 
 def train(recipe: SftRecipe, policy: Policy, rows: TokenRows, folder: Path) -> dict[str, Any]:
@@ -124,7 +130,13 @@ def token_rows(recipe: SftRecipe, policy: Policy, rows: list[dict[str, Any]]) ->
         raise InputError(f"sft.max_length: {limit} is more than the policy's context of {context} tokens")
     if recipe.sft.packing and limit is None:
         raise InputError("sft.max_length: missing, and packing needs to know how long a sequence is")
-    return tokenise(rows, tokenizer, limit, recipe.sft.too_long)
+    return tokenise(rows, tokenizer, limit, recipe.sft.too_long, marked_template)
+
+
+def marked_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template, or trl's of the same model with marks around what an assistant writes; ValueError where trl has none."""
+    template = tokenizer.chat_template
+    return template if has_generation_markers(template) else get_training_chat_template(tokenizer)
 
 
 def save(trainer: ResumableTrainer, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, adapted: bool) -> None:

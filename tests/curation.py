@@ -30,11 +30,18 @@ def small_recipe(folder: Path, prompts: int = 10, **changes: Any) -> dict[str, A
         if not (folder / f"expert-{seed}").is_dir():
             tiny_qwen3_moe(folder / f"expert-{seed}", seed=seed)
     prompts_file(folder / "prompts.jsonl", prompts)
-    rollout = {"engine": "hf", "group_size": 3, "max_tokens": 6}
-    expert = {"prompts": {"path": "prompts.jsonl"}, "rollout": rollout}
+    experts = [
+        {
+            "name": name,
+            "path": f"expert-{seed}",
+            "prompts": {"path": "prompts.jsonl"},
+            "rollout": {"engine": "hf", "group_size": 3, "max_tokens": 6},
+        }
+        for seed, name in ((1, "one"), (2, "two"))
+    ]
     return {
         "run": {"name": "curation", "seed": 1},
-        "experts": [{"name": "one", "path": "expert-1", **expert}, {"name": "two", "path": "expert-2", **expert}],
+        "experts": experts,
         "rewards": {"parts": [{"name": "regex", "options": {"pattern": "[0-4@A-F]"}}], "workers": 1},
         "select": {"rule": "all_correct", "pass_rate": [0.01, 0.99]},
         "clean": {"near": None, "cut_off": False},

@@ -1,8 +1,8 @@
 """Curation: what is sampled, kept and written, that nothing is done twice, and that a row can say where it came from."""
 
 import json
-import random
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -62,6 +62,9 @@ def test_every_record_says_where_it_came_from_and_can_be_sampled_again(command, 
             assert provenance.sampling["temperature"] == 1.0 and provenance.sampling["group_size"] == 3
     assert {row["expert"] for row in rows} == {"one", "two"}
     assert len(rows) == result_of(tmp_path)["counts"]["selected"]
+    rejected = rows_of(tmp_path, "rejected")
+    assert len(rows) + len(rejected) == 60, "every completion is a row, or rejected for a reason"
+    assert {row["reason"] for row in rejected} == {"wrong", "pass_rate"}
     code, output, errors = command(tmp_path / "outputs/curation/curated", len(rows) - 1, module=sft.why)
     assert code == 0, errors
     assert f"sampled again: the same, {rows[-1]['tokens']} tokens" in output
@@ -117,7 +120,7 @@ def test_both_row_shapes_and_the_system_prompt_kept_or_dropped(command, tmp_path
     originals = [row for row in rows_of(tmp_path) if row["expert"] == "one/original"]
     assert [row["messages"][-1]["content"] for row in originals] == ["04", "14", "24", "34"], "each is right: it has a 4"
     assert not [row for row in rows_of(tmp_path) if row["expert"] == "two/original"], "the same rows, so one of each stays"
-    assert result_of(tmp_path)["rejected"] == {"exact_duplicate": 4}
+    assert result_of(tmp_path)["rejected"]["exact_duplicate"] == 4
 
 
 def test_contaminated_and_repeated_prompts_are_not_sampled(command, tmp_path):
@@ -133,7 +136,7 @@ def test_contaminated_and_repeated_prompts_are_not_sampled(command, tmp_path):
     with Journal(tmp_path / "outputs/curation/journal.sqlite", read_only=True) as journal:
         asked = {row[0] for row in journal._db.execute("SELECT DISTINCT prompt_id FROM attempt")}
     assert asked == {"q0", "q1", "q3", "q4", "q5"}
-    rejected = {(row["id"], row["reason"]) for row in rows_of(tmp_path, "rejected")}
+    rejected = {(row["id"], row["reason"]) for row in rows_of(tmp_path, "rejected") if "group_id" not in row["content"]}
     assert rejected == {("q2", "contamination"), ("again", "exact_duplicate")}
 
 
@@ -180,6 +183,12 @@ def test_a_grader_that_fails_stops_the_run_and_is_asked_again_when_mended(comman
     assert code == 0, errors
     sampled, scored = (int(output.split(f" {word}")[0].split()[-1]) for word in ("completions sampled", "scored"))
     assert scored == 60 and sampled < 60, "completions of before are judged, not sampled again"
+
+
+def test_where_nothing_is_right_the_run_says_so(command, tmp_path):
+    code, _, errors = command(write_recipe(tmp_path, small_recipe(tmp_path, prompts=2, rewards={"parts": [{"name": "math_answer"}]})))
+    assert code == 1
+    assert "no row is left: of 12 completions 0 were right" in errors
 
 
 def test_the_data_set_is_read_as_it_is(command, tmp_path):
@@ -233,18 +242,17 @@ def test_killed_and_started_again_writes_the_same_bytes_and_repeats_nothing(tmp_
     for folder in (whole, killed):
         folder.mkdir()
         write_recipe(folder, small_recipe(folder, prompts=16))
+    began = time.monotonic()
     assert Killed(whole).run_for(300) == 0
+    taken = time.monotonic() - began
     curation = Killed(killed)
-    rng = random.Random(0)
-    kills, line = 0, 0
-    while True:
+    line = 0
+    for seconds in (0.5 * taken, 0.4 * taken, 0.3 * taken, 300.0):
         completions, scored = curation.held()
-        code = curation.run_for(rng.uniform(0.5, 3.0) if kills < 4 else 300)
+        code = curation.run_for(seconds)
         asked, judged, line = curation.asked_since(line)
         assert not asked & completions, "sampled again"
         assert not judged & scored, "scored again"
-        if code is not None:
-            break
-        kills += 1
-    assert code == 0 and kills >= 1
+        assert seconds != 0.5 * taken or code is None, "the first one was to be killed"
+    assert code == 0
     assert files_of(killed / "outputs/curation/curated") == files_of(whole / "outputs/curation/curated")

@@ -5,6 +5,7 @@ import pytest
 from data.recipe import InputError
 from sft.init import build_tokenizer
 from sft.tokens import IGNORED, tokenise
+from sft.trainer import marked_template
 
 TOKENIZER = build_tokenizer("characters")
 QWEN = (
@@ -14,7 +15,7 @@ QWEN = (
 
 
 def learned(row, tokenizer=TOKENIZER):
-    (only,) = tokenise([row], tokenizer, None, "refuse").rows
+    (only,) = tokenise([row], tokenizer, None, "refuse", marked_template).rows
     assert len(only["input_ids"]) == len(only["labels"])
     return tokenizer.decode(only["input_ids"]), tokenizer.decode([t for t in only["labels"] if t != IGNORED])
 
@@ -51,15 +52,15 @@ def test_several_turns_need_a_template_that_marks_them():
     tokenizer.chat_template = QWEN
     row = {"messages": chat(("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4"))}
     with pytest.raises(InputError, match="data: row 1: "):
-        tokenise([row], tokenizer, None, "refuse")
+        tokenise([row], tokenizer, None, "refuse", marked_template)
 
 
 def test_a_row_longer_than_the_context_is_refused_or_left_out_whole():
     rows = [{"prompt": "1+1=", "completion": "2" * n} for n in (1, 9, 2)]
     with pytest.raises(InputError, match="data: row 2 has 14 tokens and there is room for 8"):
-        tokenise(rows, TOKENIZER, 8, "refuse")
-    kept = tokenise(rows, TOKENIZER, 8, "skip")
+        tokenise(rows, TOKENIZER, 8, "refuse", marked_template)
+    kept = tokenise(rows, TOKENIZER, 8, "skip", marked_template)
     assert (len(kept.rows), kept.skipped, kept.longest) == (2, 1, 7)
     assert [TOKENIZER.decode(row["input_ids"]) for row in kept.rows] == ["1+1=2<eos>", "1+1=22<eos>"]
     with pytest.raises(InputError, match="all 3 rows are longer than 3 tokens"):
-        tokenise(rows, TOKENIZER, 3, "skip")
+        tokenise(rows, TOKENIZER, 3, "skip", marked_template)
