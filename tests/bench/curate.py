@@ -3,7 +3,7 @@
     PYTHONPATH=.:tests python tests/bench/curate.py kills [--engine hf|vllm] [--policy POLICY] [--kills 30] [--prompts 40]
     PYTHONPATH=.:tests python tests/bench/curate.py busy POLICY [--prompts 400] [--group 4] [--turns 5]
 
-kills: a curation of two experts is killed (SIGKILL, its whole process group) at random moments and started again until it ends. After
+kills: a curation of two experts is killed (SIGKILL) at random moments and started again until it ends. After
 each kill the journal is read; what it holds may neither be asked of an engine nor handed to the rewards again. With hf the files at
 the end are byte for byte those of a run that was never killed.
 

@@ -1,6 +1,8 @@
 """Curation: what is sampled, kept and written, that nothing is done twice, and that a row can say where it came from."""
 
 import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -234,6 +236,30 @@ def test_a_dry_run_counts_what_would_be_sampled_and_writes_nothing(command, tmp_
     assert "experts: two: policy.path: no folder 'outputs/later/final'" in output
     assert not (tmp_path / "outputs").exists()
     assert yaml.safe_load(output[: output.index("expert one:")])["run"]["name"] == "curation"
+
+
+def test_two_experts_at_once_write_the_same_rows_as_one_after_the_other(command, tmp_path):
+    path = write_recipe(tmp_path, small_recipe(tmp_path, prompts=4))
+    command(path, "run.name=after")
+    code, _, errors = command(path, "run.name=beside", "experts_at_once=2")
+    assert code == 0, errors
+    after, beside = (list(read_rows(tmp_path / f"outputs/{name}/curated/train.parquet")) for name in ("after", "beside"))
+    assert [row | {"recipe_hash": ""} for row in after] == [row | {"recipe_hash": ""} for row in beside]
+
+
+def test_asked_to_end_it_says_how_to_go_on(tmp_path):
+    write_recipe(tmp_path, small_recipe(tmp_path, prompts=60))
+    curation = Killed(tmp_path)
+    pid = curation.start()
+    while not curation.notes.read_text():
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
+    assert json.loads((tmp_path / "outputs/curation/exit.json").read_text())["code"] == 75
+    completions, _ = curation.held()
+    assert curation.run_for(300.0) == 0
+    asked, _, _ = curation.asked_since(0)
+    assert len(completions) < len(asked) == 360
 
 
 @pytest.mark.slow

@@ -135,6 +135,33 @@ def test_a_mistake_is_one_line_with_code_2_and_leaves_nothing(command, recipe, t
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_the_trained_policy_is_judged_on_held_out_prompts(command, recipe, tmp_path):
+    held_out = [
+        "eval.prompts={task: arithmetic, options: {digits: 1}, split: test}",
+        "eval.samples=2",
+        "rollout={engine: hf, max_tokens: 4}",
+    ]
+    code, _, errors = command(recipe, *held_out)
+    assert code == 2 and "rewards: missing, and eval.prompts are judged by them" in errors
+    code, output, errors = command(recipe, *held_out, "rewards={parts: [{name: math_answer}], workers: 1}")
+    assert code == 0, errors
+    assert "pass@2" in output and "outputs/quickstart_sft/final on task arithmetic [test]" in output
+    judged = json.loads((tmp_path / "outputs/quickstart_sft/eval.json").read_text())
+    result = json.loads((tmp_path / "outputs/quickstart_sft/exit.json").read_text())["result"]
+    assert judged["evaluations"][0]["pass@1"]["value"] == result["eval"]["pass@1"]
+
+
+def test_records_and_demonstrations_train_together_as_chats(command, recipe, tmp_path):
+    record = {"messages": [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}], "expert": "add"}
+    (tmp_path / "records.jsonl").write_text(json.dumps(record) + "\n")
+    task = "{task: arithmetic, rows: 7, chat: true}"
+    code, output, errors = command(recipe, f"data={{sources: [{task}, {{path: records.jsonl}}]}}", "--dry-run")
+    assert code == 0, errors
+    assert "rows: 8, " in output
+    code, _, errors = command(recipe, "data={sources: [{task: arithmetic, rows: 7}, {path: records.jsonl}]}")
+    assert code == 2 and "data.sources: some prompts are text and some are chats" in errors
+
+
 def test_a_batch_that_does_not_divide_among_the_ranks_is_refused(command, recipe, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     code, _, errors = command(recipe)
