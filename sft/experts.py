@@ -1,19 +1,16 @@
 """An expert at work: its prompts, and the groups that are wanted of it, whoever gives their completions.
 
-Three sources, one form (Job). The expert's engine samples what nobody has; a training run may have sampled it already
-(`sampled`: the text from its `completions/`, the tokens from its journal where that still holds them); or the problem came with a
-response (`original`). What is given and not sampled has tokens that the policy did not write: their mask is 0, so that the account
-of sampled tokens stays true.
+Three sources, one form (Job). The expert's engine samples what nobody has; a training run may have sampled it already (`sampled`,
+sft/sampled.py); or the problem came with a response (`original`). What is given and not sampled here has a mask of 0, so that the
+account of sampled tokens stays true.
 """
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -21,15 +18,14 @@ from transformers import PreTrainedTokenizerBase
 from data.clean_config import CleanConfig
 from data.cleaning import Cleaning, Rejection
 from data.journal import Journal, Slot
-from data.parquet import read_rows
-from data.recipe import InputError, read_recipe, resolved_yaml
+from data.recipe import InputError
 from data.rows import SourceRow
 from data.values import Completion, Prompt, Score, completion_seed, group_id
-from rl.config import TrainRecipe
 from rl.inputs import read_prompt_sets
 from rl.policy import load_tokenizer, policy_folder
 from sft.curate_config import CurateRecipe, ExpertConfig
 from sft.provenance import weight_hash
+from sft.sampled import SampledRun, as_given
 
 ORIGINAL = "/original"
 """Ends the name under which an expert's original responses stand in journal and records."""
@@ -122,7 +118,7 @@ class Expert:
     def jobs(self) -> Iterator[Job]:
         """The groups that are wanted, in an order that depends on recipe and inputs alone."""
         if self.config.sampled is not None:
-            yield from self._sampled(Path(self.config.sampled))
+            yield from self._sampled(SampledRun(Path(self.config.sampled), self.config.since_step))
             return
         for position in self.kept:
             prompt = self.prompts[position]
@@ -145,44 +141,28 @@ class Expert:
             policy_version=np.zeros(len(ids), np.int32), finish_reason=finish_reason, engine=engine,  # type: ignore[arg-type]
         )  # fmt: skip
 
-    def _sampled(self, run: Path) -> Iterator[Job]:
-        """What a run of rl.train has sampled, by prompt, in the order of its steps."""
+    def _sampled(self, run: SampledRun) -> Iterator[Job]:
+        """What a run of rl.train has sampled, in the order of its prompts."""
         places = {self.prompts[position].id: position for position in self.kept}
-        ours = same_rewards(run, self.recipe)
+        ours = run.same_rewards(self.recipe)
         nth: dict[str, int] = defaultdict(int)
-        for rows in _groups_of(run, self.config.since_step):
-            prompt_id = rows[0]["prompt_id"]
+        for group in run:
+            prompt_id = group.attempt.slot.prompt_id
             if prompt_id not in places:
                 continue
-            position = places[prompt_id]
-            slot = Slot(self.name, position, prompt_id, nth[prompt_id])
+            slot = Slot(self.name, places[prompt_id], prompt_id, nth[prompt_id])
             nth[prompt_id] += 1
-            given = [self._given(slot, i, row["completion"], row["engine"], row["finish_reason"]) for i, row in enumerate(rows)]
-            scores = [Score(row["reward"], row["status"], json.loads(row["parts"]), row["detail"]) for row in rows] if ours else None
-            yield Job(slot, self.prompts[position], len(rows), given, scores, rows[0]["group_id"])
+            if group.completions is not None:
+                given = [as_given(c, group_id(slot.run, prompt_id, slot.nth), slot.nth) for c in group.completions]
+            else:
+                given = [self._given(slot, i, row["completion"], row["engine"], row["finish_reason"]) for i, row in enumerate(group.texts)]
+            scores = group.scores if ours else None
+            yield Job(slot, self.prompts[slot.position], len(given), given, scores, group.attempt.group_id)
 
 
 def for_prompts(config: CleanConfig) -> CleanConfig:
     """What of `clean` is asked of prompts before sampling: duplicates and contamination. The filters judge what is written."""
     return CleanConfig(exact=config.exact, near=config.near, against=config.against, max_chars=10**9, max_repeated=1.0)
-
-
-def same_rewards(run: Path, recipe: TrainRecipe) -> bool:
-    """Whether a run's scores are what this recipe's rewards would say."""
-    theirs = read_recipe(run / "recipe.yaml", [], TrainRecipe)
-    return resolved_yaml(theirs.rewards) == resolved_yaml(recipe.rewards)
-
-
-def _groups_of(run: Path, since_step: int) -> Iterator[list[dict[str, Any]]]:
-    """Rows of completions/*.parquet by group, in the order of the steps; each group once."""
-    files = sorted((run / "completions").glob("step-*.parquet"), key=lambda path: int(path.stem.partition("-")[2]))
-    for path in files:
-        groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        for row in read_rows(path):
-            if row["step"] >= since_step:
-                groups[row["group_id"]].append(row)
-        for rows in groups.values():
-            yield sorted(rows, key=lambda row: row["index"])
 
 
 def claim_inputs(journal: Journal, experts: Sequence[Expert]) -> None:

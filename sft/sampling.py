@@ -124,7 +124,7 @@ class Sampler:
                         work.close()
                         self.spent[work.expert.name] = work.spent
                         active.remove(work)
-                self._take_scores(POLL_S if not active else 0.0)
+                self._take_scores(0.0 if any(work.open for work in active) else POLL_S)
                 self._progress(active)
         finally:
             for work in active:

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -16,10 +17,11 @@ from made import make_groups
 import sft.curate
 import sft.why
 from data.completions import write_completions
-from data.journal import Journal
+from data.journal import Journal, Slot
 from data.parquet import read_rows
 from data.recipe import parse, resolved_yaml
 from data.records import record_from_row
+from data.values import Group, Prompt
 from rl.config import TrainRecipe
 
 
@@ -142,30 +144,38 @@ def test_contaminated_and_repeated_prompts_are_not_sampled(command, tmp_path):
     assert rejected == {("q2", "contamination"), ("again", "exact_duplicate")}
 
 
+def renamed(completions, group_id):
+    return tuple(replace(completion, group_id=group_id) for completion in completions)
+
+
 def test_what_a_training_run_has_sampled_is_taken_and_not_judged_again(command, tmp_path):
     recipe = small_recipe(tmp_path, prompts=4)
     run = tmp_path / "outputs/trained"
     run.mkdir(parents=True)
-    groups = make_groups([[1.0, 0.0], [0.0, 1.0]], seed=3)
-    named = [
-        type(g)(f"trained/q{i}/0", type(g.prompt)(f"q{i}", "x", "x", g.prompt.token_ids), 0, g.completions, g.scores)
-        for i, g in enumerate(groups)
+    made = make_groups([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]], seed=3)
+    groups = [
+        Group(f"trained/q{i}/0", Prompt(f"q{i}", "x", "x", g.prompt.token_ids), 0, renamed(g.completions, f"trained/q{i}/0"), g.scores)
+        for i, g in enumerate(made)
     ]
-    write_completions(run / "completions", 5, named, [["12", "AB"], ["CD", "34"]], [[None, None]] * 2)
-    trained = {
-        "run": {"name": "trained"},
-        "policy": {"path": "expert-1"},
-        "prompts": {"path": "prompts.jsonl"},
-        "rewards": recipe["rewards"],
-    }
+    with Journal(run / "journal.sqlite") as journal:
+        journal.begin([Slot("trained", i, f"q{i}") for i in range(4)], 2, step=5)  # of the last one nothing was sampled
+        for group in groups:
+            journal.put_completions(group.completions)
+            journal.put_scores(group.id, dict(enumerate(group.scores)))
+        journal.use(groups[0].id, 5, "trained")
+        journal.contain(6, oldest=6)  # its tokens are gone: the text is what there is
+    write_completions(run / "completions", 6, groups[:1], [["12", "AB"]], [[None, None]])
+    prompts = {"path": "prompts.jsonl"}
+    trained = {"run": {"name": "trained"}, "policy": {"path": "expert-1"}, "prompts": prompts, "rewards": recipe["rewards"]}
     (run / "recipe.yaml").write_text(resolved_yaml(parse(trained, TrainRecipe, "test")))
-    Journal(run / "journal.sqlite").close()
     recipe["experts"] = [{"name": "trained", "path": "expert-1", "prompts": {"path": "prompts.jsonl"}, "sampled": "outputs/trained"}]
     code, output, errors = command(write_recipe(tmp_path, recipe))
     assert code == 0, errors
     assert "0 completions sampled and 0 scored" in output
     rows = rows_of(tmp_path)
-    assert [row["messages"][-1]["content"] for row in rows] == ["12", "34"]
+    assert [row["prompt_id"] for row in rows] == ["q0", "q1", "q2"]
+    assert rows[0]["messages"][-1]["content"] == "12"
+    assert [row["tokens"] for row in rows[1:]] == [len(groups[1].completions[1].token_ids), len(groups[2].completions[0].token_ids)]
     assert json.loads(rows[0]["sampling"])["group_id"] == "trained/q0/0"
     code, output, _ = command(tmp_path / "outputs/curation/curated", 0, module=sft.why)
     assert code == 0 and "not sampled again: a training run sampled it" in output
