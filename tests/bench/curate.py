@@ -15,6 +15,7 @@ import argparse
 import multiprocessing
 import os
 import random
+import shutil
 import statistics
 import tempfile
 import time
@@ -44,17 +45,14 @@ def kills(arguments: argparse.Namespace) -> None:
         done, line_number, repeated = 0, 0, 0
         while True:
             completions, scored = curation.held()
-            # Work is left for every kill that is still to come.
-            code = curation.run_for(rng.uniform(0.0, 1.3 * taken / (1 + done / 10)) if done < arguments.kills else 1800)
+            code = curation.run_for(rng.uniform(0.0, 0.7 * taken) if done < arguments.kills else 1800)
             asked, judged, line_number = curation.asked_since(line_number)
             repeated += len(asked & completions) + len(judged & scored)
             line({"kill": done, "held": len(completions), "scored": len(scored), "asked": len(asked), "repeated": repeated, "code": code})
             if code is not None and (code != 0 or done >= arguments.kills):
                 break
             if code == 0:  # it ended before its kill: the next one starts from nothing
-                for entry in (killed / "outputs").rglob("*"):
-                    if entry.is_file():
-                        entry.unlink()
+                shutil.rmtree(killed / "outputs")
                 continue
             done += 1
         assert code == 0, (killed / "log.txt").read_text()[-2000:]
