@@ -97,6 +97,13 @@ def test_system_makes_a_text_prompt_a_chat_and_leaves_a_system_message_of_the_ro
     ]
 
 
+def test_chat_makes_a_text_prompt_a_chat_of_one_user_message(tokenizer):
+    write({"prompt": "a"}, {"prompt": [{"role": "user", "content": "b"}]})
+    prompts = read_prompts(config(chat=True), tokenizer, None).prompts
+    assert [prompt.prompt for prompt in prompts] == [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]
+    assert [prompt.text for prompt in prompts] == ["<s>[user]a[assistant]<think>", "<s>[user]b[assistant]<think>"]
+
+
 def test_columns_are_renamed_and_hide_those_that_had_our_name(tokenizer):
     write({"question": "q", "prompt": "not this", "final": "7", "uid": 12})
     prompt = one(tokenizer, columns={"prompt": "question", "answer": "final", "id": "uid"})
