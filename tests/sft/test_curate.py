@@ -198,7 +198,8 @@ def test_a_grader_that_fails_stops_the_run_and_is_asked_again_when_mended(comman
 
 
 def test_where_nothing_is_right_the_run_says_so(command, tmp_path):
-    code, _, errors = command(write_recipe(tmp_path, small_recipe(tmp_path, prompts=2, rewards={"parts": [{"name": "math_answer"}]})))
+    rewards = {"parts": [{"name": "regex", "options": {"pattern": "zzz"}}], "workers": 1}
+    code, _, errors = command(write_recipe(tmp_path, small_recipe(tmp_path, prompts=2, rewards=rewards)))
     assert code == 1
     assert "no row is left: of 12 completions 0 were right" in errors
 
