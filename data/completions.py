@@ -31,23 +31,30 @@ COLUMNS = {
     "detail": "string",
     "parts": "string",
     "advantage": "float64",
+    "outcome": "string",
 }
-"""Column -> type. `prompt` is the text the policy read, `parts` a JSON object, `reward` null where the status is not ok."""
+"""Column -> type. `prompt` is the text the policy read, `parts` a JSON object, `reward` null where the status is not ok, `outcome` the
+reason under which the account has its tokens."""
 
 
 def write_completions(
-    folder: Path, step: int, groups: Sequence[Group], texts: Sequence[Sequence[str]], advantages: Sequence[Sequence[float | None]]
+    folder: Path,
+    step: int,
+    groups: Sequence[Group],
+    texts: Sequence[Sequence[str]],
+    advantages: Sequence[Sequence[float | None]],
+    outcomes: Sequence[Sequence[str]],
 ) -> Path:
     """Writes the groups of one step, whole or not at all, and returns the file.
 
-    `texts` and `advantages` are aligned with the groups and their completions; a completion that has no advantage has None.
+    `texts`, `advantages` and `outcomes` are aligned with the groups and their completions; one that has no advantage has None.
     """
     from data.parquet import write_rows  # loads pyarrow
 
     rows = [
-        _row(step, group, completion, score, text, advantage)
-        for group, group_texts, group_advantages in zip(groups, texts, advantages, strict=True)
-        for completion, score, text, advantage in zip(group.completions, group.scores, group_texts, group_advantages, strict=True)
+        _row(step, group, completion, score) | {"completion": text, "advantage": advantage, "outcome": outcome}
+        for group, *columns in zip(groups, texts, advantages, outcomes, strict=True)
+        for completion, score, text, advantage, outcome in zip(group.completions, group.scores, *columns, strict=True)
     ]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step}.parquet"
@@ -64,7 +71,7 @@ def cut_completions(folder: Path, step: int) -> list[Path]:
     return late
 
 
-def _row(step: int, group: Group, completion: Completion, score: Score, text: str, advantage: float | None) -> dict[str, Any]:
+def _row(step: int, group: Group, completion: Completion, score: Score) -> dict[str, Any]:
     versions = completion.policy_version
     return {
         "step": step,
@@ -74,7 +81,6 @@ def _row(step: int, group: Group, completion: Completion, score: Score, text: st
         "attempt": completion.attempt,
         "seed": completion.seed,
         "prompt": group.prompt.text,
-        "completion": text,
         "tokens": len(completion.token_ids),
         "finish_reason": completion.finish_reason,
         "engine": completion.engine,
@@ -84,5 +90,4 @@ def _row(step: int, group: Group, completion: Completion, score: Score, text: st
         "status": score.status,
         "detail": score.detail,
         "parts": json.dumps(dict(score.parts)),
-        "advantage": advantage,
     }

@@ -15,7 +15,7 @@ Not only the trainer stands on it: a scorer's slots are rows of its file, and cu
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,9 @@ from typing import Any, Self
 import numpy as np
 
 from data.array_blob import pack, unpack
+from data.journal_account import Account, account
 from data.journal_file import lock_for_writing, open_database
-from data.journal_sums import ABORTED, RESAMPLED, TRAINED, Sums, sums
+from data.journal_sums import ABORTED, RESAMPLED, TRAINED, Sums, check_uses, sums
 from data.recipe import InputError
 from data.values import Completion, Score, group_id
 
@@ -70,6 +71,7 @@ class Use:
     """`trained`, or why it was dropped."""
     tokens: int
     trained: int
+    masked: int
     checkpoint: int | None
     """First step whose checkpoint contains it; None is provisional."""
     void: int | None
@@ -158,26 +160,36 @@ class Journal:
         One with finish_reason `abort` is not kept: its tokens count as wasted and its index stays to be asked again. So do tokens
         that come after their group was dropped.
         """
+        groups: dict[str, list[Completion]] = {}
+        for completion in completions:
+            groups.setdefault(completion.group_id, []).append(completion)
         with self.transaction():
-            for completion in completions:
-                self._put(self._key(completion.group_id), completion)
+            for group, members in groups.items():
+                self._put(self._key(group), members)
 
-    def _put(self, key: int, completion: Completion) -> None:
-        place = (key, completion.index)
-        sampled = int(completion.mask.sum())
-        held = self._db.execute("SELECT sampled, engine FROM completion WHERE attempt = ? AND idx = ?", place).fetchone()
+    def _put(self, key: int, completions: Sequence[Completion]) -> None:
+        """Completions of one group."""
+        rows = self._db.execute("SELECT idx, sampled, engine FROM completion WHERE attempt = ?", (key,))
+        held = {index: (sampled, engine) for index, sampled, engine in rows}
         live = self._db.execute("SELECT reason FROM use WHERE attempt = ? AND void IS NULL", (key,)).fetchone()
-        if completion.finish_reason == "abort":
-            self._waste(place, sampled, ABORTED, completion.engine)
-        elif held is None and live is None:
+        for completion in completions:
+            place = (key, completion.index)
+            sampled = int(completion.mask.sum())
+            if completion.finish_reason == "abort":
+                self._waste(place, sampled, ABORTED, completion.engine)
+                continue
+            if completion.index not in held and live is not None:
+                self._waste(place, sampled, ABORTED if live[0] == TRAINED else live[0], completion.engine)
+                continue
+            if completion.index in held:
+                if live is not None or self._holds_arrays(place):
+                    continue
+                # Its arrays were dropped, and then its use became void: it was sampled again, and a score of the old one says nothing.
+                before, engine = held[completion.index]
+                self._waste(place, before, RESAMPLED, engine)
+                self._db.execute("DELETE FROM score WHERE attempt = ? AND idx = ?", place)
             self._keep(place, sampled, completion)
-        elif held is None:
-            self._waste(place, sampled, ABORTED if live[0] == TRAINED else live[0], completion.engine)
-        elif live is None and not self._holds_arrays(place):
-            # Its arrays were dropped, and then its use became void: it was sampled again, and a score of the old one says nothing.
-            self._waste(place, held[0], RESAMPLED, held[1])
-            self._db.execute("DELETE FROM score WHERE attempt = ? AND idx = ?", place)
-            self._keep(place, sampled, completion)
+            held[completion.index] = (sampled, completion.engine)
 
     def _keep(self, place: tuple[int, int], sampled: int, completion: Completion) -> None:
         versions = completion.policy_version
@@ -206,47 +218,61 @@ class Journal:
             for index, seed, finish_reason, engine, data in self._db.execute(query, (attempt.key,))
         }  # fmt: skip
 
-    def put_scores(self, group: str, scores: Mapping[int, Score]) -> None:
-        """Keeps scores by index; the first one of each index counts."""
+    def put_scores(self, group: str, scores: Mapping[int, Score], logged: Sequence[tuple[str, float]] = ()) -> None:
+        """Keeps scores by index; the first one of each index counts. `logged`: what reward functions logged of the group."""
         key = self._key(group)
         rows = [(key, i, s.value, s.status, json.dumps(dict(s.parts)), s.detail) for i, s in scores.items()]
         with self.transaction():
             self._db.executemany("INSERT INTO score VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (attempt, idx) DO NOTHING", rows)
+            if logged:
+                self._db.execute("INSERT OR REPLACE INTO logged VALUES (?, ?)", (key, json.dumps(logged)))
 
     def scores(self, group: str) -> dict[int, Score]:
         query = "SELECT idx, value, status, parts, detail FROM score WHERE attempt = ? ORDER BY idx"
         rows = self._db.execute(query, (self._key(group),))
         return {index: Score(value, status, json.loads(parts), detail) for index, value, status, parts, detail in rows}
 
+    def logged(self, group: str) -> list[tuple[str, float]]:
+        """What reward functions logged of a group when it was scored."""
+        row = self._db.execute("SELECT data FROM logged WHERE attempt = ?", (self._key(group),)).fetchone()
+        return [] if row is None else [(name, value) for name, value in json.loads(row[0])]
+
     # --- Uses and checkpoints -----------------------------------------------------------------------------------------
 
-    def use(self, group: str, step: int, reason: str) -> None:
-        """Ends a group: trained in this step, or dropped in it for a reason. The same again changes nothing."""
+    def use(self, group: str, step: int, reason: str, taught: Collection[int] | None = None) -> None:
+        """Ends a group: trained in this step, or dropped in it for a reason. The same again changes nothing.
+
+        taught: indices of the completions that were trained on; None is all that have an ok score.
+        """
         key = self._key(group)
         with self.transaction():
             live = self._db.execute("SELECT step, reason FROM use WHERE attempt = ? AND void IS NULL", (key,)).fetchone()
             if live is not None:
                 assert live == (step, reason), f"group {group} was {live[1]} in step {live[0]}, and is now {reason} in step {step}"
                 return
-            query = """SELECT coalesce(sum(sampled), 0), coalesce(sum(sampled) FILTER (WHERE status = 'ok'), 0)
-                       FROM completion LEFT JOIN score USING (attempt, idx) WHERE attempt = ?"""
-            tokens, scored = self._db.execute(query, (key,)).fetchone()
-            row = (key, step, reason, tokens, scored if reason == TRAINED else 0)
-            self._db.execute("INSERT INTO use VALUES (NULL, ?, ?, ?, ?, ?, NULL, NULL)", row)
+            query = "SELECT idx, sampled, status = 'ok' FROM completion LEFT JOIN score USING (attempt, idx) WHERE attempt = ?"
+            rows = self._db.execute(query, (key,)).fetchall()
+            tokens = sum(sampled for _, sampled, _ in rows)
+            ok = {index: sampled for index, sampled, is_ok in rows if is_ok and reason == TRAINED}
+            trained = sum(sampled for index, sampled in ok.items() if taught is None or index in taught)
+            row = (key, step, reason, tokens, trained, sum(ok.values()) - trained)
+            self._db.execute("INSERT INTO use VALUES (NULL, ?, ?, ?, ?, ?, ?, NULL, NULL)", row)
 
     def contain(self, step: int, oldest: int) -> None:
         """A checkpoint of `step` is in place: it contains the uses of steps before.
 
-        Arrays used in steps before `oldest`, the step of the oldest checkpoint that is still there, can no longer be asked for and
-        are dropped.
+        Asserts that the uses it contains account for every token of their groups. Arrays used in steps before `oldest`, the step of
+        the oldest checkpoint that is still there, can no longer be asked for and are dropped.
         """
         with self.transaction():
+            check_uses(self._db, self.meta("contained") or 0, step)
             self._contain(step)
-            self._db.execute(
-                """DELETE FROM arrays WHERE EXISTS
-                   (SELECT 1 FROM use WHERE use.attempt = arrays.attempt AND void IS NULL AND step < ?)""",
-                (min(step, oldest),),
-            )
+            for table in ("arrays", "logged"):
+                self._db.execute(
+                    f"""DELETE FROM {table} WHERE EXISTS
+                        (SELECT 1 FROM use WHERE use.attempt = {table}.attempt AND void IS NULL AND step < ?)""",
+                    (min(step, oldest),),
+                )
         self.flush()
 
     def _contain(self, step: int) -> None:
@@ -269,6 +295,7 @@ class Journal:
                 """DELETE FROM score WHERE attempt IN (SELECT attempt FROM score WHERE status IN ('timeout', 'error'))
                    AND NOT EXISTS (SELECT 1 FROM use WHERE use.attempt = score.attempt AND void IS NULL)"""
             )
+            self._db.execute("DELETE FROM logged WHERE NOT EXISTS (SELECT 1 FROM score WHERE score.attempt = logged.attempt)")
         return voided
 
     # --- The account --------------------------------------------------------------------------------------------------
@@ -293,13 +320,18 @@ class Journal:
 
     def uses(self, group: str) -> list[Use]:
         """All uses of a group in the order they happened, void ones included; the last may be live."""
-        query = "SELECT step, reason, tokens, trained, checkpoint, void FROM use WHERE attempt = ? ORDER BY key"
+        query = "SELECT step, reason, tokens, trained, masked, checkpoint, void FROM use WHERE attempt = ? ORDER BY key"
         return [Use(*row) for row in self._db.execute(query, (self._key(group),))]
 
     def sums(self) -> Sums:
         """What became of every token sampled, and every group begun, so far. Asserts that the sums close."""
         with self.transaction():
             return sums(self._db)
+
+    def account(self, part: str | None = None) -> Account:
+        """The sums and more, for people; `part` is the part of a score that says what is right, None: its value does."""
+        with self.transaction():
+            return account(self._db, part)
 
 
 def _arrays(completion: Completion) -> dict[str, np.ndarray]:

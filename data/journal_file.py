@@ -20,7 +20,7 @@ class InUse(InputError):
 
 
 APPLICATION_ID = int.from_bytes(b"Coho", "big")
-FORMAT = 1
+FORMAT = 2
 """Raised with every change of SCHEMA; another format is refused."""
 
 SCHEMA = """
@@ -49,11 +49,15 @@ CREATE TABLE score (
     value REAL, status TEXT NOT NULL, parts TEXT NOT NULL, detail TEXT NOT NULL,
     PRIMARY KEY (attempt, idx), CHECK ((value IS NOT NULL) = (status = 'ok'))) WITHOUT ROWID;
 
--- The end of a group: `tokens` sampled in it, `trained` of them. `checkpoint` is the first step whose checkpoint contains it (null:
--- provisional); `void` is the step that a run resumed from before it (null: live). A group has one live use at most.
+-- What reward functions logged of a group by `log_metric`, as JSON, as long as its arrays.
+CREATE TABLE logged (attempt INTEGER PRIMARY KEY, data TEXT NOT NULL);
+
+-- The end of a group: `tokens` sampled in it, `trained` of them, `masked` in completions that have a score and were kept from training.
+-- `checkpoint` is the first step whose checkpoint contains it (null: provisional); `void` is the step that a run resumed from before
+-- it (null: live). A group has one live use at most.
 CREATE TABLE use (
     key INTEGER PRIMARY KEY, attempt INTEGER NOT NULL, step INTEGER NOT NULL, reason TEXT NOT NULL,
-    tokens INTEGER NOT NULL, trained INTEGER NOT NULL, checkpoint INTEGER, void INTEGER);
+    tokens INTEGER NOT NULL, trained INTEGER NOT NULL, masked INTEGER NOT NULL, checkpoint INTEGER, void INTEGER);
 CREATE UNIQUE INDEX live_use ON use (attempt) WHERE void IS NULL;
 CREATE INDEX use_of_attempt ON use (attempt);
 CREATE INDEX use_of_step ON use (step);

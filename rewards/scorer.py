@@ -13,7 +13,7 @@ import selectors
 import sys
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -73,8 +73,9 @@ class Scorer:
         self._thread = threading.Thread(target=self._run, name="scorer", daemon=True)
         self._pending = 0
         self._closed = False
-        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._times: dict[str, list[float]] = defaultdict(list)
         self._extras: dict[Hashable, dict[str, list[Any]]] = {}
+        self._logged: dict[Hashable, list[tuple[str, float]]] = {}
         self._tracebacks: dict[str, str] = {}
 
     def start(self) -> None:
@@ -131,12 +132,17 @@ class Scorer:
         """What functions logged by `log_extra` for a group that `poll` gave, a list over its completions by column; once."""
         return self._extras.pop(key, {})
 
+    def logged(self, key: Hashable) -> list[tuple[str, float]]:
+        """What functions logged by `log_metric` for a group that `poll` gave; once, and `metrics` then leaves it out."""
+        return self._logged.pop(key, [])
+
     def metrics(self) -> dict[str, float]:
         """Means of what functions logged by `log_metric`, and `time/reward/<name>_s` in all; since it was last asked."""
-        # fsum is exact, so the order in which groups were done does not show.
-        means = {name: math.fsum(v) / (1 if name.startswith("time/") else len(v)) for name, v in sorted(self._metrics.items())}
-        self._metrics.clear()
-        return means
+        times = {name: math.fsum(values) for name, values in sorted(self._times.items())}
+        means = means_of_logged(pair for pairs in self._logged.values() for pair in pairs)
+        self._times.clear()
+        self._logged.clear()
+        return means | times
 
     def explain(self, scores: Sequence[Score]) -> str:
         """One message for Scores without a value: how many failed, the function that failed most, what it said, a traceback."""
@@ -211,9 +217,9 @@ class Scorer:
 
     def _account(self, group: _Group) -> list[Score]:
         for name, seconds in group.seconds.items():
-            self._metrics[f"time/reward/{name}_s"].append(seconds)
-        for name, value in group.metrics:
-            self._metrics[name].append(value)
+            self._times[f"time/reward/{name}_s"].append(seconds)
+        if group.metrics:
+            self._logged.setdefault(group.key, []).extend(group.metrics)
         if group.extras:
             self._extras[group.key] = group.extras
         self._tracebacks |= group.tracebacks
@@ -281,6 +287,14 @@ class Scorer:
         if not group.waiting:
             del self._groups[call.group]
             self._done.put(group)
+
+
+def means_of_logged(logged: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The mean of each name; whatever the order, to the bit, because fsum is exact."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for name, value in logged:
+        values[name].append(value)
+    return {name: math.fsum(values[name]) / len(values[name]) for name in sorted(values)}
 
 
 def _prepares(function: Plugin) -> bool:

@@ -14,7 +14,10 @@ import hashlib
 import json
 import os
 import shutil
+import sqlite3
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from rl.policy import save_policy
 from rl.ranks import Ranks
 
 BLOCK_BYTES = 1 << 22
+NO_SPACE = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full")
 
 
 class Checkpoints:
@@ -42,8 +46,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are there, oldest first."""
-        names = [p.name for p in self.folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]
-        return sorted(int(name.removeprefix("step-")) for name in names)
+        return steps_in(self.folder)
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step}"
@@ -55,35 +58,34 @@ class Checkpoints:
         """
         aside = self.folder / f".step-{step}.partial"
         try:
-            if self.ranks.main:
-                shutil.rmtree(aside, ignore_errors=True)
-                save_policy(aside, learner.export(), learner.model, tokenizer)
-            else:
-                for _ in learner.export():
-                    pass
-            self.ranks.barrier()
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one rank is meant
-                dcp.save(_trainer_state(learner, self.ranks), checkpoint_id=aside / "trainer", no_dist=self.ranks.count == 1)
-            if self.ranks.main:
-                (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-                (aside / "hashes.json").write_text(json.dumps(_hashes(aside), indent=2) + "\n")
-                _make_durable(aside)
-                shutil.rmtree(self.path(step), ignore_errors=True)
-                os.replace(aside, self.path(step))
-                _sync(self.folder)  # the name too, before anything older goes
-                for old in self.steps()[: -self.keep]:
-                    shutil.rmtree(self.path(old))
-        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
-            full = _is_full(aside.parent, error)
+            with full_disk_named(self.folder, f"the checkpoint of step {step}"):
+                self._write(aside, step, learner, tokenizer, state)
+        except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
-            if not full:
-                raise
-            last = self.steps()[-1:]
-            intact = f"the last checkpoint, {self.path(last[0])}, is intact" if last else "there is no checkpoint yet"
-            raise InputError(f"{self.folder}: no space for the checkpoint of step {step}; make room and start again; {intact}") from None
+            raise
         self.ranks.barrier()
         return self.path(step)
+
+    def _write(self, aside: Path, step: int, learner: Learner, tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]) -> None:
+        if self.ranks.main:
+            shutil.rmtree(aside, ignore_errors=True)
+            save_policy(aside, learner.export(), learner.model, tokenizer)
+        else:
+            for _ in learner.export():
+                pass
+        self.ranks.barrier()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one rank is meant
+            dcp.save(_trainer_state(learner, self.ranks), checkpoint_id=aside / "trainer", no_dist=self.ranks.count == 1)
+        if self.ranks.main:
+            (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+            (aside / "hashes.json").write_text(json.dumps(_hashes(aside), indent=2) + "\n")
+            make_durable(aside)
+            shutil.rmtree(self.path(step), ignore_errors=True)
+            os.replace(aside, self.path(step))
+            _sync(self.folder)  # the name too, before anything older goes
+            for old in self.steps()[: -self.keep]:
+                shutil.rmtree(self.path(old))
 
     def newest(self) -> int | None:
         """The newest step whose checkpoint is whole; a damaged one is named on the way."""
@@ -117,6 +119,25 @@ class Checkpoints:
         return json.loads((self.path(step) / "state.json").read_text())
 
 
+def steps_in(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, oldest first."""
+    names = [p.name for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    return sorted(int(name.removeprefix("step-")) for name in names)
+
+
+@contextmanager
+def full_disk_named(folder: Path, what: str) -> Iterator[None]:
+    """Makes an InputError of a write within that failed for want of space; `folder` has the checkpoints."""
+    try:
+        yield
+    except (OSError, sqlite3.Error, RuntimeError, SafetensorError, CheckpointException) as error:
+        if not _is_full(folder, error):
+            raise
+        last = steps_in(folder)[-1:]
+        intact = f"the last checkpoint, {folder / f'step-{last[0]}'}, is intact" if last else "there is no checkpoint yet"
+        raise InputError(f"{folder}: no space for {what}; make room and start again with the same command; {intact}") from None
+
+
 def room_needed(parameters: int, bytes_each: int, keep: int) -> int:
     """Bytes that the checkpoints of a run take at most at once: `keep` and the one being written."""
     return parameters * bytes_each * (keep + 1)
@@ -135,7 +156,11 @@ def check_room(folder: Path, needed_bytes: int) -> None:
 
 def _is_full(folder: Path, error: BaseException) -> bool:
     """Whether a write failed for want of space. Not every writer passes the system's error on, so the disk is asked as well."""
-    return os.strerror(errno.ENOSPC) in str(error) or (folder.exists() and shutil.disk_usage(folder).free < BLOCK_BYTES)
+    if any(said in str(error) for said in NO_SPACE):
+        return True
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    ours = isinstance(error, RuntimeError) and type(error) is not RuntimeError  # says what it is
+    return not ours and shutil.disk_usage(place).free < BLOCK_BYTES
 
 
 def _trainer_state(learner: Learner, ranks: Ranks) -> dict[str, torch.Tensor]:
@@ -172,9 +197,9 @@ def _damage(folder: Path) -> str | None:
     return None
 
 
-def _make_durable(folder: Path) -> None:
-    folders = [p for p in folder.rglob("*") if p.is_dir()]
-    for path in (*_files(folder), folder / "hashes.json", *folders, folder):
+def make_durable(folder: Path) -> None:
+    """Returns when a folder and all in it survive a loss of power."""
+    for path in (*folder.rglob("*"), folder):
         _sync(path)
 
 

@@ -261,7 +261,7 @@ class LogConfig(Section):
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "clearml", "aim", "swanlab", "trackio"]] = []
     """Trackers of accelerate that get the numbers of metrics.jsonl as well."""
     completions: bool = True
-    """Write `completions/step-<N>.parquet`, the completions that a step was given, with their scores."""
+    """Write `completions/step-<N>.parquet`, all completions of a step with their scores and what became of each."""
 
 
 class HardwareConfig(Section):

@@ -6,6 +6,8 @@ completion as long as it may be; the formulas are those of `rl/estimate.py`.
 """
 
 import json
+import shutil
+import tempfile
 from dataclasses import dataclass
 from itertools import islice
 from math import ceil
@@ -41,6 +43,8 @@ from rl.run_folder import RunFolder
 EXAMPLES = 3
 """Prompts that are shown."""
 SHOWN_CHARACTERS = 160
+SHARED_MEMORY = ("/dev/shm", tempfile.gettempdir())
+"""Where the weight file may be."""
 AT_START = "read from the hub at start"
 
 
@@ -73,6 +77,8 @@ def dry_run(recipe: TrainRecipe, folder: RunFolder) -> int:
     print("\n".join(inputs.lines))
     print(_step(recipe, machine, inputs, longest))
     print(memory(recipe, sizes, machine, longest))
+    if sizes is not None:
+        print(_weight_file(recipe, sizes))
     result = folder.result() if ours else None
     if result is not None and result["steps"] >= recipe.learner.steps:
         print(f"{folder.path}: finished; its result would be printed again")
@@ -263,6 +269,19 @@ def memory(recipe: TrainRecipe, sizes: Sizes | None, machine: Machine, longest: 
     else:
         verdict = "fits, where what is left holds the programs, CUDA contexts, NCCL's buffers and fragmentation"
     return "\n".join([head, *map(_place, found), f"memory: {verdict}"])
+
+
+def _weight_file(recipe: TrainRecipe, sizes: Sizes) -> str:
+    """Shared memory that weight updates go through, and whether this machine has it; one that the recipe names is not here to be asked."""
+    need = sizes.total * (4 if recipe.policy.precision == "fp32" else 2)
+    line = f"weight file: {need / GB:.3f} GB of shared memory, through which updates reach the engines"
+    if recipe.hardware is not None:
+        return f"{line}; /dev/shm has to hold it"
+    free = {place: shutil.disk_usage(place).free for place in SHARED_MEMORY if Path(place).is_dir()}
+    room = ", ".join(f"{place} has {left / GB:.2f} GB" for place, left in free.items())
+    if max(free.values()) > need:
+        return f"{line}; fits: {room} free"
+    return f"{line}; does not fit: {room} free; enlarge /dev/shm (docker: --shm-size) or set TMPDIR to a folder with room"
 
 
 def _place(place: Place) -> str:

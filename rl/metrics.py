@@ -36,7 +36,7 @@ def length_bias(groups: Sequence[Group], tokens: int, completions: int) -> dict[
     groups: those handed to the learner; those that teach count. tokens, completions: of all that the step sampled, failed groups and
     those put aside included. Long completions are what timeouts and dead engines lose first, and a policy learns from what is left.
     """
-    lengths = [len(c.token_ids) for group in groups if teaches(group) for c in group.completions]
+    lengths = [int(c.mask.sum()) for group in groups if teaches(group) for c in group.completions]
     return {"completions/length_bias": fmean(lengths) * completions / tokens} if lengths and tokens else {}
 
 

@@ -25,7 +25,7 @@ from data.recipe import InputError
 from data.values import Prompt
 from rewards.alarms import Alarms
 from rewards.scorer import Scorer
-from rl.checkpoint import check_room
+from rl.checkpoint import check_room, full_disk_named
 from rl.config import TrainRecipe
 from rl.engines.make import check_engines, make_engines
 from rl.engines.nccl import NcclSync
@@ -60,7 +60,7 @@ CHECKPOINT_BYTES = {
 @contextmanager
 def open_run(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks) -> Iterator[Run]:
     """A run that is ready for its next step. InputError, one line, for inputs that are wrong; a new folder is then left empty."""
-    with ExitStack() as stack:
+    with full_disk_named(folder.path / "checkpoints", "what the run writes"), ExitStack() as stack:
         stack.callback(ranks.close)
         try:
             run = _open(recipe, folder, ranks, stack)

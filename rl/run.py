@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from data.completions import write_completions
 from data.journal import Journal
-from data.values import Prompt
+from data.values import Group, Prompt
 from rewards.alarms import Alarms
 from rewards.scorer import Scorer
 from rl.advantage import group_advantage
-from rl.checkpoint import Checkpoints
+from rl.checkpoint import Checkpoints, make_durable
 from rl.config import TrainRecipe
 from rl.engines.base import Sampling
 from rl.engines.nccl import NcclSync
@@ -30,7 +30,7 @@ from rl.pool import RolloutPool
 from rl.progress import Display
 from rl.ranks import Ranks
 from rl.run_folder import RunFolder
-from rl.stream import SharedStream
+from rl.stream import Ended, SharedStream
 from rl.sync import WeightSync
 
 
@@ -84,10 +84,9 @@ class Run:
     def _write_step(self, done: int, row: dict[str, float], taken_s: float) -> None:
         stream = self.stream.stream
         groups = stream.handed
+        ended = stream.end_step(self.learner.watch.taught)
         if self.recipe.log.completions:
-            advantages_PG = group_advantage(groups, self.recipe.advantage)
-            texts = [[stream.text(c) for c in group.completions] for group in groups]
-            write_completions(self.folder.path / "completions", done, groups, texts, advantages_PG.tolist())
+            self._write_completions(done, groups, ended)
         row = {"step": done} | stream.numbers | row | self.sync.metrics()
         row["time/learn_s"] = taken_s - sum(row[f"time/{phase}_s"] for phase in ("rollout", "reward", "sync"))
         row["tokens/wasted"] = row["tokens/sampled"] - row["tokens/trained"]
@@ -96,12 +95,18 @@ class Run:
         for message in [*alarms.messages, *self.learner.router.alarms()]:
             self.display.say(message)
         self.learner.router.write(self.folder.path / "router", done)
-        stream.end_step()
         if self.held_out and (done == self.recipe.learner.steps or _due(done, self.recipe.eval.every)):
             row |= self.evaluate(done, greedy=done == self.recipe.learner.steps)
         row["time/step_s"] = time.perf_counter() - self.step_began
         self.metrics.write(row)
         self.display.step(done, row)
+
+    def _write_completions(self, done: int, groups: list[Group], ended: list[Ended]) -> None:
+        advantages: list[list[float | None]] = group_advantage(groups, self.recipe.advantage).tolist()
+        advantages += [[None] * len(end.group.completions) for end in ended[len(groups) :]]  # those that were not handed over
+        texts = [[self.stream.stream.text(c) for c in end.group.completions] for end in ended]
+        outcomes = [end.outcomes() for end in ended]
+        write_completions(self.folder.path / "completions", done, [end.group for end in ended], texts, advantages, outcomes)
 
     def save(self, done: int) -> None:
         """The checkpoint after `done` steps; a use of a group is final once it is there."""
@@ -154,11 +159,16 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Writes `final/` and returns the result; collective."""
-        aside = self.folder.path / ".final.partial"
+        final, aside, before = (self.folder.path / name for name in ("final", ".final.partial", ".final.before"))
         if self.ranks.main:
+            shutil.rmtree(aside, ignore_errors=True)
             save_policy(aside, self.learner.export(), self.learner.model, self.tokenizer)
-            shutil.rmtree(self.folder.path / "final", ignore_errors=True)
-            os.rename(aside, self.folder.path / "final")
+            make_durable(aside)
+            shutil.rmtree(before, ignore_errors=True)
+            if final.exists():  # of a run that was to be shorter; a folder named `final` is whole at any moment
+                os.rename(final, before)
+            os.rename(aside, final)
+            shutil.rmtree(before, ignore_errors=True)
         else:
             for _ in self.learner.export():
                 pass

@@ -20,6 +20,10 @@ FREE = ("run.resume",)
 """Places of every recipe that may differ when a run goes on."""
 
 
+UNCLAIMED = ("exit.json", ".exit.json.partial", ".recipe.yaml.partial")
+"""What may be in a folder that is nobody's."""
+
+
 class RunFolder:
     """`<output_dir>/<name>` and the recipe it is for; `free` names the places that may differ when the run goes on."""
 
@@ -36,8 +40,8 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path}: not a folder; {way_out}")
         _check_writable(self.path)
-        # A process that stopped before it claimed the folder has left word why, and nothing else.
-        if not self.path.exists() or not any(entry.name != "exit.json" for entry in self.path.iterdir()):
+        # A process that stopped before it claimed the folder has left word why, one that was killed a file not yet renamed.
+        if not self.path.exists() or not any(entry.name not in UNCLAIMED for entry in self.path.iterdir()):
             return False
         if not (self.path / "recipe.yaml").is_file():
             raise InputError(f"{self.path}: in use by something that is no run; {way_out}")

@@ -6,17 +6,18 @@ begins, so what the journal holds is never sampled or scored again: a resumed ru
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
 from data.journal import Attempt, Journal, Slot
-from data.journal_sums import FAILED, TRAINED, ZERO_ADVANTAGE
+from data.journal_sums import FAILED, STALE, TRAINED, TRUNCATED, ZERO_ADVANTAGE
 from data.prompt_stream import PromptStream
 from data.values import Completion, Group, Prompt, Score, completion_seed
 from rewards.job import ScoreJob
-from rewards.scorer import Scorer
+from rewards.scorer import Scorer, means_of_logged
 from rl.config import RolloutConfig
 from rl.engines.base import Request, Sampling
 from rl.metrics import group_metrics, length_bias, teaches
@@ -24,10 +25,30 @@ from rl.pool import RolloutPool
 from rl.ranks import Ranks
 
 POLL_S = 0.05
+REASONS = (TRAINED, ZERO_ADVANTAGE, TRUNCATED, FAILED, STALE)
+"""What a step counts its groups by."""
 
 
 class RunStopped(RuntimeError):
     """The run cannot go on in a way that means anything; the message says why and what to do. What there was is kept."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A group and what became of it."""
+
+    group: Group
+    reason: str
+    """`trained`, or why it was dropped."""
+    taught: Collection[int] = ()
+    """Indices of the completions that were trained on."""
+
+    def outcomes(self) -> list[str]:
+        """What became of each completion; its tokens stand under that name in the account."""
+        if self.reason != TRAINED:
+            return [self.reason] * len(self.group.completions)
+        pairs = zip(self.group.completions, self.group.scores, strict=True)
+        return [TRAINED if c.index in self.taught else FAILED if s.value is None else TRUNCATED for c, s in pairs]
 
 
 @dataclass
@@ -45,15 +66,15 @@ class _Step:
 
     groups: dict[int, Group] = field(default_factory=dict)
     """Finished groups by position."""
-    failed: int = 0
-    """Groups with fewer than two values."""
-    zero: int = 0
-    """Groups that taught nothing and were dropped for others."""
+    dropped: dict[tuple[int, int], Ended] = field(default_factory=dict)
+    """By slot: groups with fewer than two values, and those that taught nothing and made room for others."""
     scores: list[Score] = field(default_factory=list)
+    logged: list[tuple[str, float]] = field(default_factory=list)
+    """What reward functions logged by `log_metric`."""
     expected: int = 0
     """Scores that there will be when the groups asked for so far are scored."""
     tokens: int = 0
-    """Completion tokens of all groups of the step, failed ones included."""
+    """Tokens sampled in all groups of the step, failed ones included."""
     rollout_s: float = 0.0
     reward_s: float = 0.0
 
@@ -86,9 +107,16 @@ class GroupStream:
         self.sampling = Sampling(config.max_tokens, config.temperature, tuple(config.stop))
         self.step = 0
         """The step that `next` samples for; the weights have this version."""
+        self.begun: dict[str, _Begun] = {}
+        """Groups by id that wait for completions."""
+        self.scoring: dict[str, _Begun] = {}
+        """Groups by id that wait for scores."""
         self.handed: list[Group] = []
         """Groups of the last `next`."""
+        self.dropped: list[Ended] = []
+        """Other groups that were sampled for it."""
         self.numbers: dict[str, float] = {}
+        """What the step says of itself."""
 
     def next(self, count: int) -> list[Group]:
         """Groups of the next `count` prompts, sampled and scored, in the order of the prompts.
@@ -116,6 +144,7 @@ class GroupStream:
         if self.config.resample_zero_groups and any(map(teaches, now.groups.values())):
             self._put_aside(now)
         self.handed = [now.groups[position] for position in sorted(now.groups)]
+        self.dropped = [now.dropped[slot] for slot in sorted(now.dropped)]
         self.numbers = self._count(now)
         return self.handed
 
@@ -127,19 +156,31 @@ class GroupStream:
         """Dynamic sampling (arXiv:2503.14476, section 3.2): drops groups that teach nothing; other prompts take their places."""
         zero = {position: group for position, group in now.groups.items() if not teaches(group)}
         with self.journal.transaction():
-            for group in zero.values():
-                self.journal.use(group.id, self.step, ZERO_ADVANTAGE)
-        now.zero += len(zero)
+            for position, group in zero.items():
+                self._drop(position, group, ZERO_ADVANTAGE, now)
         now.groups = {position: group for position, group in now.groups.items() if position not in zero}
         return len(zero)
 
-    def end_step(self) -> None:
-        """Notes what the step did with the groups it was given; provisional until a checkpoint contains it."""
+    def _drop(self, position: int, group: Group, reason: str, now: _Step) -> None:
+        self.journal.use(group.id, self.step, reason)
+        now.dropped[position, group.attempt] = Ended(group, reason)
+
+    def end_step(self, taught: Mapping[str, Collection[int]]) -> list[Ended]:
+        """Notes what the step did with the groups it was given; provisional until a checkpoint contains it.
+
+        `taught`: groups that the learner trained on, by id, and the indices of the completions. Returns what became of all groups of
+        the step, those that were handed over first.
+        """
+        handed = [_end(group, taught) for group in self.handed]
         with self.journal.transaction():
-            for group in self.handed:
-                self.journal.use(group.id, self.step, TRAINED if teaches(group) else ZERO_ADVANTAGE)
-        self.handed = []
+            for end in handed:
+                self.journal.use(end.group.id, self.step, end.reason, end.taught)
+        ended = handed + self.dropped
+        counts = Counter(end.reason for end in ended)
+        self.numbers |= {"groups/sampled": len(ended)} | {f"groups/{reason}": counts[reason] for reason in REASONS}
+        self.handed, self.dropped = [], []
         self.step += 1
+        return ended
 
     def text(self, completion: Completion) -> str:
         """What the completion says, as reward functions and people read it."""
@@ -151,25 +192,20 @@ class GroupStream:
         began = time.perf_counter()
         now.expected += len(slots) * self.config.group_size
         attempts = self.journal.begin([slot for slot, _ in slots], self.config.group_size, self.step, self.step)
-        begun = {a.group_id: _Begun(a, prompt) for a, (_, prompt) in zip(attempts, slots, strict=True)}
-        scoring: dict[str, _Begun] = {}
-        for group in list(begun.values()):
-            self._ask(group, begun, scoring, now)
+        for attempt, (_, prompt) in zip(attempts, slots, strict=True):
+            self._ask(_Begun(attempt, prompt), now)
         sampled = time.perf_counter()
-        while begun or scoring:
-            if begun:
+        while self.begun or self.scoring:
+            if self.begun:
                 for completion in self.pool.poll(POLL_S):
-                    self._arrived(completion, begun, scoring, now)
+                    self._arrived(completion)
                 sampled = time.perf_counter()
-            for key, scores in self.scorer.poll(0.0 if begun else POLL_S):
-                group_id = str(key)
-                group = scoring.pop(group_id)
-                self.journal.put_scores(group_id, dict(enumerate(scores)))
-                self._scored(group, scores, now)
+            for key, scores in self.scorer.poll(0.0 if self.begun else POLL_S):
+                self._judged(str(key), scores, now)
         now.rollout_s += sampled - began
         now.reward_s += time.perf_counter() - sampled  # what scoring takes beyond sampling, beside which it runs
 
-    def _ask(self, group: _Begun, begun: dict[str, _Begun], scoring: dict[str, _Begun], now: _Step) -> None:
+    def _ask(self, group: _Begun, now: _Step) -> None:
         """Finds what the journal holds of a group and asks the pool for the rest."""
         group_id, size = group.attempt.group_id, group.attempt.size
         group.done = self.journal.completions(group_id)
@@ -178,14 +214,14 @@ class GroupStream:
             # An engine of whole groups is asked for all of it: its results may depend on the shape of the call.
             whole = self.pool.engines[0].whole_groups
             group.done = {} if whole else group.done
+            self.begun[group_id] = group
             self.pool.submit([self._request(group, index) for index in (range(size) if whole else missing)])
             return
-        del begun[group_id]
         held = self.journal.scores(group_id)
         if len(held) == size:
-            self._scored(group, [held[index] for index in range(size)], now)
+            self._scored(group, [held[index] for index in range(size)], self.journal.logged(group_id), now)
         else:
-            self._score(group, scoring)
+            self._score(group)
 
     def _request(self, group: _Begun, index: int) -> Request:
         attempt = group.attempt
@@ -200,30 +236,36 @@ class GroupStream:
             position=attempt.slot.position,
         )
 
-    def _arrived(self, completion: Completion, begun: dict[str, _Begun], scoring: dict[str, _Begun], now: _Step) -> None:
-        group = begun[completion.group_id]
+    def _arrived(self, completion: Completion) -> None:
+        group = self.begun[completion.group_id]
         group.done[completion.index] = completion
         if len(group.done) == group.attempt.size:
-            del begun[completion.group_id]
+            del self.begun[completion.group_id]
             self.journal.put_completions([group.done[index] for index in sorted(group.done)])
-            self._score(group, scoring)
+            self._score(group)
 
-    def _score(self, group: _Begun, scoring: dict[str, _Begun]) -> None:
-        scoring[group.attempt.group_id] = group
+    def _score(self, group: _Begun) -> None:
+        self.scoring[group.attempt.group_id] = group
         completions = [group.done[index] for index in range(group.attempt.size)]
         self.scorer.submit(group.attempt.group_id, job_of(group.prompt, group.attempt.group_id, completions, self.text, self.step))
 
-    def _scored(self, group: _Begun, scores: Sequence[Score], now: _Step) -> None:
+    def _judged(self, group_id: str, scores: Sequence[Score], now: _Step) -> None:
+        group, logged = self.scoring.pop(group_id), self.scorer.logged(group_id)
+        self.journal.put_scores(group_id, dict(enumerate(scores)), logged)
+        self._scored(group, scores, logged, now)
+
+    def _scored(self, begun: _Begun, scores: Sequence[Score], logged: Sequence[tuple[str, float]], now: _Step) -> None:
         now.scores.extend(scores)
+        now.logged.extend(logged)
         self._check_errors(now)
-        completions = tuple(group.done[index] for index in range(group.attempt.size))
-        now.tokens += sum(len(c.token_ids) for c in completions)
+        attempt = begun.attempt
+        completions = tuple(begun.done[index] for index in range(attempt.size))
+        now.tokens += sum(int(c.mask.sum()) for c in completions)
+        group = Group(attempt.group_id, begun.prompt, attempt.attempt, completions, tuple(scores))
         if sum(score.value is not None for score in scores) < 2:
-            now.failed += 1
-            self.journal.use(group.attempt.group_id, self.step, FAILED)
-            return
-        position = group.attempt.slot.position
-        now.groups[position] = Group(group.attempt.group_id, group.prompt, group.attempt.attempt, completions, tuple(scores))
+            self._drop(attempt.slot.position, group, FAILED, now)
+        else:
+            now.groups[attempt.slot.position] = group
 
     # --- what a step says of itself -----------------------------------------------------------------------------------
 
@@ -237,19 +279,22 @@ class GroupStream:
             )
 
     def _count(self, now: _Step) -> dict[str, float]:
-        handed = self.handed
-        numbers = self.scorer.metrics()  # first, so that no name given to `log_metric` hides one of ours
-        sampled = len(handed) + now.failed + now.zero
-        numbers |= group_metrics(handed) | self.pool.metrics() | length_bias(handed, now.tokens, sampled * self.config.group_size)
+        numbers = means_of_logged(now.logged)  # first, so that no name given to `log_metric` hides one of ours
+        completions = (len(self.handed) + len(self.dropped)) * self.config.group_size
+        numbers |= self.scorer.metrics() | group_metrics(self.handed) | self.pool.metrics()
+        numbers |= length_bias(self.handed, now.tokens, completions)
         return numbers | {
-            "groups/sampled": sampled,
-            "groups/zero_advantage": sum(not teaches(group) for group in handed) + now.zero,
-            "groups/failed": now.failed,
-            "groups/stale": 0,
             "tokens/sampled": now.tokens,
             "time/rollout_s": now.rollout_s,
             "time/reward_s": now.reward_s,
         }
+
+
+def _end(group: Group, taught: Mapping[str, Collection[int]]) -> Ended:
+    """What a step did with a group that it was given."""
+    if group.id in taught:
+        return Ended(group, TRAINED, taught[group.id])
+    return Ended(group, TRUNCATED if teaches(group) else ZERO_ADVANTAGE)
 
 
 class SharedStream:

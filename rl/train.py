@@ -4,6 +4,7 @@
 heavy is loaded, and whatever ends the run stands in `<run>/exit.json`. Exit codes are those of `rl/command.py`.
 """
 
+import errno
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -92,8 +93,9 @@ def _note(folder: RunFolder, code: int, reason: str, result: dict[str, Any] | No
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
             folder.write_exit(code, reason, result)
-        except OSError as error:  # a full disk, say: the reason itself is about to be printed, and must not be lost for it
-            print(f"{folder.path}: cannot write exit.json: {error.strerror}", file=sys.stderr)
+        except OSError as error:  # the reason itself is about to be printed, and must not be lost for it
+            if error.errno != errno.ENOSPC:
+                print(f"{folder.path}: cannot write exit.json: {error.strerror}", file=sys.stderr)
 
 
 def _report(folder: RunFolder, result: dict[str, Any], again: bool = False) -> int:

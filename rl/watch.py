@@ -24,6 +24,8 @@ class Watch:
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
+        self.taught: dict[str, tuple[int, ...]] = {}
+        """What the last step trained on: groups by id, and the indices of the completions that entered the loss."""
         self._reset()
 
     def _reset(self) -> None:
@@ -45,6 +47,7 @@ class Watch:
         ]  # fmt: skip
         # With a KL term groups of zero advantage are forwarded as well; they keep to the reference and teach nothing.
         teaching = [items for items in work if any(item.advantage != 0.0 for item in items)]
+        self.taught = {groups[items[0].group].id: tuple(item.completion.index for item in items) for items in teaching}
         trained_tokens = sum(int(item.completion.mask.sum()) for items in teaching for item in items)
         self.counts = {
             "groups/trained": len(teaching),

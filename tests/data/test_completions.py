@@ -25,32 +25,32 @@ def group() -> Group:
 
 
 def test_a_file_holds_a_row_for_each_completion(tmp_path):
-    path = write_completions(tmp_path / "completions", 7, [group()], [["2", "３"]], [[0.5, None]])
+    path = write_completions(tmp_path / "completions", 7, [group()], [["2", "３"]], [[0.5, None]], [["trained", "failed"]])
     assert path == tmp_path / "completions" / "step-7.parquet"
     first, second = pq.read_table(path).to_pylist()
     assert json.loads(first.pop("parts")) == {"math_answer": 1.0, "brevity": None}
     assert first == {
         "step": 7, "prompt_id": "p-1", "group_id": "run/p-1/2", "index": 0, "attempt": 2, "seed": 2**62, "prompt": "1+1=",
         "completion": "2", "tokens": 3, "finish_reason": "stop", "engine": "hf-0", "version_min": 4, "version_max": 5,
-        "reward": 1.0, "status": "ok", "detail": "", "advantage": 0.5,
+        "reward": 1.0, "status": "ok", "detail": "", "advantage": 0.5, "outcome": "trained",
     }  # fmt: skip
-    assert (second["completion"], second["reward"], second["status"], second["advantage"]) == ("３", None, "timeout", None)
+    assert [second[name] for name in ("completion", "reward", "status", "advantage", "outcome")] == ["３", None, "timeout", None, "failed"]
 
 
 def test_all_files_have_the_same_columns_so_a_folder_is_one_table(tmp_path):
-    write_completions(tmp_path, 0, [], [], [])
-    write_completions(tmp_path, 1, [group()], [["2", "3"]], [[None, None]])
+    write_completions(tmp_path, 0, [], [], [], [])
+    write_completions(tmp_path, 1, [group()], [["2", "3"]], [[None, None]], [["failed"] * 2])
     assert pq.read_schema(tmp_path / "step-0.parquet") == pq.read_schema(tmp_path / "step-1.parquet")
     assert pq.read_table(tmp_path).num_rows == 2
 
 
 def test_the_same_groups_give_the_same_bytes(tmp_path):
-    paths = [write_completions(tmp_path / name, 1, [group()], [["2", "3"]], [[1.0, 2.0]]) for name in ("a", "b")]
+    paths = [write_completions(tmp_path / name, 1, [group()], [["2", "3"]], [[1.0, 2.0]], [["trained"] * 2]) for name in ("a", "b")]
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
-    path = write_completions(tmp_path, 1, [group()], [["2", "3"]], [[1.0, 2.0]])
+    path = write_completions(tmp_path, 1, [group()], [["2", "3"]], [[1.0, 2.0]], [["trained"] * 2])
     before = path.read_bytes()
 
     def no_space(_table: pa.Table, where, **_options) -> None:
@@ -59,14 +59,14 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pq, "write_table", no_space)
     with pytest.raises(OSError, match="No space left"):
-        write_completions(tmp_path, 1, [group()], [["4", "5"]], [[1.0, 2.0]])
+        write_completions(tmp_path, 1, [group()], [["4", "5"]], [[1.0, 2.0]], [["trained"] * 2])
     assert [file.name for file in tmp_path.iterdir()] == ["step-1.parquet"]
     assert path.read_bytes() == before
 
 
 def test_resuming_cuts_the_files_from_the_checkpoint_on(tmp_path):
     for step in (0, 2, 9, 10, 11):
-        write_completions(tmp_path, step, [], [], [])
+        write_completions(tmp_path, step, [], [], [], [])
     (tmp_path / "step-notes.parquet").touch()
     assert [path.name for path in cut_completions(tmp_path, 9)] == ["step-9.parquet", "step-10.parquet", "step-11.parquet"]
     assert {path.name for path in tmp_path.iterdir()} == {"step-0.parquet", "step-2.parquet", "step-notes.parquet"}

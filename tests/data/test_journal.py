@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from data.array_blob import pack, unpack
 from data.journal import Journal, Slot
-from data.journal_sums import FAILED, STALE, TRAINED, ZERO_ADVANTAGE
+from data.journal_sums import FAILED, STALE, TRAINED, TRUNCATED, ZERO_ADVANTAGE
 from data.recipe import InputError
 from data.values import Completion, Score, completion_seed
 
@@ -191,7 +191,42 @@ def test_sums_by_hand(journal):
     assert list(journal.completions(late)) == [0]
 
 
+def test_what_has_a_score_and_was_kept_from_training_is_truncated(journal):
+    masked = sampled_group(journal, 0, "a", (OK, OK))
+    unscored = sampled_group(journal, 1, "b", (OK, Score(None, "unscored")))
+    whole = sampled_group(journal, 2, "c")
+    journal.use(masked, 0, TRAINED, taught=[1])
+    journal.use(unscored, 0, TRAINED, taught=[0])
+    journal.use(whole, 0, TRUNCATED)
+    sums = journal.sums()
+    assert (sums.trained, sums.wasted) == (8, {"failed": 4, "truncated": 4 + 8})
+    assert [(use.tokens, use.trained, use.masked) for group in (masked, unscored, whole) for use in journal.uses(group)] == [
+        (8, 4, 4), (8, 4, 0), (8, 0, 0)
+    ]  # fmt: skip
+
+
 # --- Checkpoints and going back ---------------------------------------------------------------------------------------
+
+
+def test_what_functions_logged_of_a_group_is_resumed_with_its_scores(journal):
+    kept, failed = begin(journal, 0, "a"), begin(journal, 1, "b")
+    for group, score in ((kept, OK), (failed, Score(None, "error"))):
+        journal.put_completions([completion(journal, group, index) for index in range(2)])
+        journal.put_scores(group, {0: OK, 1: score}, [("seen", 1.5), ("seen", 0.1 + 0.2)])
+    journal.resume(0)
+    assert journal.logged(kept) == [("seen", 1.5), ("seen", 0.1 + 0.2)]
+    assert (journal.logged(failed), journal.scores(failed)) == ([], {})
+    journal.use(kept, 0, TRAINED)
+    journal.contain(1, oldest=1)
+    assert journal.logged(kept) == []
+
+
+def test_uses_that_do_not_account_for_their_tokens_are_found_at_the_checkpoint(journal):
+    group = sampled_group(journal)
+    journal.use(group, 0, TRAINED)
+    journal._db.execute("UPDATE use SET tokens = 7")
+    with pytest.raises(AssertionError, match="group 1: 7 tokens used, 8 trained, 0 masked, 8 sampled"):
+        journal.contain(1, oldest=1)
 
 
 def test_uses_after_the_checkpoint_become_void_and_their_groups_are_used_again(journal):
@@ -326,7 +361,7 @@ def foreign(path: Path) -> None:
         (text, r"not readable as a journal \(file is not a database\); move it away to start anew, or restore a copy"),
         (damage, r"(a damaged journal|not readable as a journal) \(.*\); move it away to start anew, or restore a copy"),
         (foreign, r"an SQLite file, but no journal of Cohort; move it away, or choose another run\.name"),
-        (other_format, r"a journal of format 99, and this version reads 1; use the version that wrote it"),
+        (other_format, r"a journal of format 99, and this version reads 2; use the version that wrote it"),
     ],
 )
 def test_a_file_that_is_no_good_journal_is_one_line(make, message, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import socket
 import sys
+from collections import namedtuple
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -274,3 +275,18 @@ def test_activations_are_what_autograd_keeps(kind: str, dtype: torch.dtype, tmp_
     ((kept_2, counted_2), (kept_4, counted_4)) = next(pairwise(found))
     factor = (kept_4 - kept_2) / (counted_4 - counted_2) / dtype.itemsize
     assert 0.7 * KEPT < factor < 1.01 * KEPT, factor
+
+
+def test_the_shared_memory_of_weight_updates_is_the_policy_in_its_precision(fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    total = sizes_of(QWEN3_30B, None).total
+    there = f"weight file: {2 * total / GB:.3f} GB of shared memory, through which updates reach the engines"
+    assert dry_run(monkeypatch, rl.train, "recipes/gsm8k_8gpu.yaml") == 0
+    assert f"{there}; /dev/shm has to hold it\n" in capsys.readouterr().out
+
+    usage = namedtuple("usage", "total used free")
+    for free, verdict in ((3 * total, "fits: "), (total, "does not fit: ")):
+        monkeypatch.setattr("shutil.disk_usage", lambda place, free=free: usage(0, 0, free))
+        assert dry_run(monkeypatch, rl.train, "recipes/gsm8k_8gpu.yaml", "hardware=null") == 0
+        said = capsys.readouterr().out
+        assert f"{there}; {verdict}" in said and f"/dev/shm has {free / GB:.2f} GB" in said
+        assert ("enlarge /dev/shm" in said) == (free == total)
