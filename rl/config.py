@@ -198,6 +198,13 @@ class RouterConfig(Section):
     """Weight of Qwen3-MoE's auxiliary loss; 1e-3 in its published configs. Over several passes it costs one more forward."""
 
 
+class MtpConfig(Section):
+    weight: float = Field(0.0, ge=0.0)
+    """Of the loss of DeepSeek-V3's multi-token prediction module (arXiv:2412.19437, section 2.2); 0 leaves the module as it is."""
+    detach: bool = True
+    """Its gradient stays in the module; the policy and its output head get none of it."""
+
+
 class LearnerConfig(Section):
     steps: int = Field(60, ge=1)
     """Steps of the run; each samples, scores and learns from prompts_per_step groups."""
@@ -220,6 +227,7 @@ class LearnerConfig(Section):
     """The gradient is scaled down to this L2 norm."""
     optimizer: OptimizerConfig = OptimizerConfig()
     router: RouterConfig = RouterConfig()
+    mtp: MtpConfig = MtpConfig()
     threads: int | None = Field(None, ge=1)
     """CPU threads of the learner; null: all cores but not more than 16."""
 

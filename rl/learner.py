@@ -8,7 +8,7 @@ All ranks hold all groups of a step, so each counts normalisers for itself; grad
 ranks. Every rank runs the same number of passes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -22,6 +22,7 @@ from rl.config import LearnerConfig, LossConfig
 from rl.logp import logp_and_entropy
 from rl.lora import adapter_off, has_adapter
 from rl.loss import policy_loss
+from rl.mtp import MtpLoss
 from rl.optim import AdamW, learning_rate
 from rl.policy import checkpoint_specs, checkpoint_views, exported_codes
 from rl.ranks import Ranks
@@ -57,7 +58,8 @@ class Learner:
         self.temperature = temperature
         self.max_tokens = max_tokens
         self.sharded = sharded
-        self.optim = AdamW(model.named_parameters(), config.optimizer)
+        self.mtp_loss = MtpLoss(model, config.mtp, ranks)
+        self.optim = AdamW(model.named_parameters(), config.optimizer, apart=self.mtp_loss.parameters())
         self.updates = 0
         self.watch = Watch(ranks)
         self.router = Router(model, config.router, ranks)
@@ -135,11 +137,13 @@ class Learner:
             # A backward that recomputes activations reads the routes again, so it stands within.
             with self.replay.reading(batch, first=self.first_pass) as forward_done:
                 with self.router.reading(batch, count=self.first_pass):
-                    logp_N, entropy_N = self._logp(self.model, batch, grad=True)
+                    hidden_TD = self._hidden(self.model, batch)
                 forward_done()
+                head = output_head(self.model, hidden_TD.dtype)
+                logp_N, entropy_N = self._predict(head, hidden_TD, batch)
                 parts = policy_loss(batch, logp_N, batch.old_logp_N, self.loss, batch.ref_logp_N)
                 # Pieces of one sum: dividing by counts of the whole step has been done, so passes and ranks add up.
-                (parts.loss + self.router.loss(batch)).backward()
+                (parts.loss + self.router.loss(batch) + self.mtp_loss(batch, hidden_TD, head)).backward()
             self.watch.batch(batch, parts, logp_N.detach(), entropy_N)
         self._reduce_gradients()
 
@@ -163,9 +167,12 @@ class Learner:
         """logp_N and entropy_N of a batch under a model."""
         with torch.set_grad_enabled(grad):
             hidden_TD = self._hidden(model, batch)
-            return logp_and_entropy(
-                output_head(model, hidden_TD.dtype), hidden_TD[batch.source_N], batch.target_N, batch.temperature, model.config.vocab_size
-            )
+            return self._predict(output_head(model, hidden_TD.dtype), hidden_TD, batch)
+
+    def _predict(
+        self, head: Callable[[torch.Tensor], torch.Tensor], hidden_TD: torch.Tensor, batch: TrainBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return logp_and_entropy(head, hidden_TD[batch.source_N], batch.target_N, batch.temperature, self.model.config.vocab_size)
 
     def _hidden(self, model: PreTrainedModel, batch: TrainBatch) -> torch.Tensor:
         """[T, D], what the output head reads."""

@@ -19,6 +19,7 @@ predicts at that row; it attends as the trunk does, so a shared prompt is forwar
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -29,7 +30,10 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Decod
 from data.recipe import InputError
 from rl.attention import layout_of
 from rl.batch import TrainBatch
+from rl.config import MtpConfig
 from rl.experts import expert_views
+from rl.logp import logp_and_entropy
+from rl.ranks import Ranks
 
 SHARED = ("embed_tokens.weight", "shared_head.head.weight")
 """Tensors of the trunk that a published checkpoint repeats under the module's name."""
@@ -166,6 +170,60 @@ def acceptance(head: nn.Module, hidden_ND: torch.Tensor, ahead_ND: torch.Tensor,
             p, q = ((head(x).float() / temperature).softmax(-1) for x in (hidden, ahead))
             total += float(torch.minimum(p, q).sum())
     return total / max(1, len(hidden_ND))
+
+
+class MtpLoss:
+    """Keeps the module in step with a policy that moves: its own loss on the tokens that the policy is trained on.
+
+    The mean of -log p over the predicted tokens of a step, at temperature 1 (eq. 24 and 25). Tokens of groups that are not forwarded
+    are missing in the sum.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: MtpConfig, ranks: Ranks):
+        """Raises InputError if a policy without the module is to train one."""
+        self.model = model
+        self.config = config
+        self.ranks = ranks
+        self.on = config.weight > 0.0
+        self._sums = torch.zeros(3, dtype=torch.float64)
+        """Of the step so far, on this rank: loss, acceptance, tokens."""
+        layer = mtp_layer(model)
+        if self.on and layer is None:
+            raise InputError(
+                "learner.mtp.weight: the policy has no multi-token prediction module; set it to 0, or attach one (sft.mtp_weight)"
+            )
+        if layer is not None:
+            layer.requires_grad_(self.on)
+
+    def __call__(self, batch: TrainBatch, hidden_TD: torch.Tensor, head: Any) -> torch.Tensor | float:
+        """A pass's share of the loss; `head` is the trunk's output head. Adds to the step's numbers."""
+        if not self.on:
+            return 0.0
+        detach = self.config.detach
+        ahead_ND = mtp_hidden(self.model, hidden_TD, batch, detach)
+        if detach:
+            weight_VD = head.weight.detach()
+            head = lambda x: nn.functional.linear(x, weight_VD)  # noqa: E731
+        logp_N, _ = logp_and_entropy(head, ahead_ND, batch.target_N, 1.0, self.model.config.vocab_size)
+        tokens = len(logp_N)
+        overlap = acceptance(head, hidden_TD.detach()[batch.source_N], ahead_ND.detach(), batch.temperature) * tokens
+        self._sums += torch.tensor([-float(logp_N.detach().sum()), overlap, tokens], dtype=torch.float64)
+        return -self.config.weight * logp_N.sum() / batch.normaliser.tokens
+
+    def parameters(self) -> list[str]:
+        """Names of what it trains beside the policy: with `detach` their gradients are no business of the policy's clipping."""
+        if not (self.on and self.config.detach):
+            return []
+        prefix = f"model.layers.{self.model.config.num_hidden_layers}."
+        return [name for name, _ in self.model.named_parameters() if name.startswith(prefix)]
+
+    def collect(self) -> dict[str, float]:
+        """The step's numbers, equal on all ranks; collective. None if the module is not trained."""
+        if not self.on:
+            return {}
+        loss, accepted, tokens = self.ranks.sum(self._sums.to(self.ranks.device)).tolist()
+        self._sums = torch.zeros(3, dtype=torch.float64)
+        return {"mtp/loss": loss / tokens, "mtp/acceptance": accepted / tokens} if tokens else {}
 
 
 # --- what is saved ----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ With BF16 masters there is no second copy of a BF16 parameter. Rounded to neares
 every time; so it is rounded up or down at random, up with the probability that keeps the mean.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -19,7 +19,9 @@ from rl.config import OptimizerConfig
 class AdamW:
     """Decoupled weight decay (arXiv:1711.05101) on tensors of two or more dimensions."""
 
-    def __init__(self, parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig):
+    def __init__(self, parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig, apart: Collection[str] = ()):
+        """apart: parameters, by name, whose gradients are clipped on their own and enter no one else's norm."""
+        self.apart = frozenset(apart)
         self.parameters = [(name, p) for name, p in parameters if p.requires_grad]
         self.config = config
         self.steps = 0
@@ -57,13 +59,13 @@ class AdamW:
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> float:
-        """Scales all gradients to an L2 norm of at most `max_norm`; returns the norm before (sharded: of all shards)."""
-        squares = [_whole(g.square().sum()) for _, g in self.grads()]
-        norm = torch.stack(squares).sum().sqrt()
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for _, grad in self.grads():
-            grad.mul_(scale.to(grad.dtype))
-        return norm.item()
+        """Scales all gradients to an L2 norm of at most `max_norm`; returns the norm before (sharded: of all shards).
+
+        Those of `apart` are scaled by a norm of their own, which is not in what is returned.
+        """
+        if self.apart:
+            _clip([grad for name, grad in self.grads() if name in self.apart], max_norm)
+        return _clip([grad for name, grad in self.grads() if name not in self.apart], max_norm)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -106,6 +108,14 @@ def round_to_bf16(x: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
     noise_bits = torch.randint(0, 1 << 16, x.shape, generator=noise, device=x.device, dtype=torch.int32)
     rounded = ((bits + noise_bits) & -(1 << 16)).view(torch.float32)  # a carry goes into the next exponent, as it should
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
+
+
+def _clip(grads: Sequence[torch.Tensor], max_norm: float) -> float:
+    norm = torch.stack([_whole(grad.square().sum()) for grad in grads]).sum().sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(scale.to(grad.dtype))
+    return norm.item()
 
 
 def _whole(x: torch.Tensor) -> torch.Tensor:

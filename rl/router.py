@@ -30,6 +30,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 
 from rl.batch import TrainBatch
 from rl.config import RouterConfig
+from rl.mtp import MtpLayer
 from rl.ranks import Ranks
 from rl.router_loss import aux_loss, load_of_logits, sequence_loss
 
@@ -40,8 +41,12 @@ SAME_FEW = 1.5
 
 
 def gates(model: nn.Module) -> list[Any]:
-    """The routers of a model, one a MoE layer, in order: the `gate` that stands beside `experts`. A dense model has none."""
-    blocks = [dict(module.named_children()) for module in model.modules()]
+    """The routers of a model, one a MoE layer, in order: the `gate` that stands beside `experts`. A dense model has none.
+
+    That of a multi-token prediction module is not among them: no token of the policy passes it.
+    """
+    apart = {id(inner) for module in model.modules() if isinstance(module, MtpLayer) for inner in module.modules()}
+    blocks = [dict(module.named_children()) for module in model.modules() if id(module) not in apart]
     found = [block["gate"] for block in blocks if "gate" in block and "experts" in block]
     return [_without_adapter(gate) for gate in found]
 

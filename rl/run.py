@@ -71,7 +71,8 @@ class Run:
         """Metrics, evaluation and checkpoint after step `step` (from 0); collective."""
         done = step + 1
         learner = self.learner
-        row = learner.watch.collect(with_kl=self.recipe.loss.kl_coef > 0.0) | learner.replay.collect() | learner.router.numbers()
+        row = learner.watch.collect(with_kl=self.recipe.loss.kl_coef > 0.0)
+        row |= learner.replay.collect() | learner.router.numbers() | learner.mtp_loss.collect()
         if self.ranks.main:
             self._write_step(done, row, time.perf_counter() - self.step_began)
         ending = self.ranks.agree(self.asked_to_end)

@@ -119,6 +119,9 @@ class SftConfig(Section):
     """Several rows share a sequence of `max_length` tokens; none sees another (DeepSeek-V3's sample masking)."""
     threads: int | None = pydantic.Field(default=None, ge=1)
     """CPU threads; null: all cores but not more than 16. A tiny policy is fastest on one, above all beside other work."""
+    mtp_weight: float = pydantic.Field(default=0.0, ge=0)
+    """Weight of DeepSeek-V3's multi-token prediction loss (arXiv:2412.19437, section 2.2; it takes 0.3, later 0.1); a policy without
+    the module gets one. 0 leaves a module as it is."""
     router_aux_loss_coef: float = pydantic.Field(default=0.0, ge=0)
     """Weight of the load-balancing loss of a mixture-of-experts policy; 0 is none, and all that a dense policy takes."""
 

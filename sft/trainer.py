@@ -33,11 +33,13 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from data.recipe import InputError
 from rl.lora import add_adapter
 from rl.metrics_file import MetricsFile
+from rl.mtp import attach, mtp_layer
 from rl.policy import checkpoint_views, load_model, load_tokenizer, policy_folder, save_policy
 from rl.run import Interrupted
 from sft.checkpoint import Resumable, newest, remove_checkpoints
 from sft.config import SftRecipe
 from sft.init import init_policy
+from sft.mtp import MtpTrainer
 from sft.ranks import ranks
 from sft.tokens import TokenRows, tokenise
 
@@ -88,7 +90,10 @@ def make_trainer(recipe: SftRecipe, policy: Policy, rows: TokenRows, folder: Pat
     if getattr(model.config, "router_aux_loss_coef", None) is not None:
         arguments.router_aux_loss_coef = recipe.sft.router_aux_loss_coef
     data = datasets.Dataset.from_list(rows.rows)
-    trainer = ResumableTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    kind = MtpTrainer if recipe.sft.mtp_weight else ResumableTrainer
+    trainer = kind(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    if isinstance(trainer, MtpTrainer):
+        trainer.mtp_weight = recipe.sft.mtp_weight
     trainer.remove_callback(PrinterCallback)
     trainer.data_fingerprint = _fingerprint(rows)
     return trainer
@@ -114,9 +119,21 @@ def load_policy(recipe: SftRecipe) -> Policy:
     if coefficient and not hasattr(model.config, "router_aux_loss_coef"):
         kind = type(model).__name__
         raise InputError(f"sft.router_aux_loss_coef: {coefficient:g}, but {kind} has no experts to balance; leave it out")
+    _prepare_mtp(recipe, model)
     if policy.lora is not None:
         add_adapter(model, policy.lora, recipe.run.seed)
     return model, tokenizer
+
+
+def _prepare_mtp(recipe: SftRecipe, model: PreTrainedModel) -> None:
+    """The multi-token prediction module is trained, and made where there is none; or it stays as it is."""
+    weight, layer = recipe.sft.mtp_weight, mtp_layer(model)
+    if weight and (recipe.policy.lora is not None or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
+        raise InputError(f"sft.mtp_weight: {weight:g}, but with policy.lora or FSDP the module is not trained yet; set it to 0")
+    if weight and layer is None:
+        attach(model, seed=recipe.run.seed)
+    elif layer is not None:
+        layer.requires_grad_(weight > 0)
 
 
 def token_rows(recipe: SftRecipe, policy: Policy, rows: list[dict[str, Any]]) -> TokenRows:
@@ -145,7 +162,7 @@ def save(trainer: ResumableTrainer, model: PreTrainedModel, tokenizer: PreTraine
     weights = None if adapted else trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
-        if adapted:
+        if adapted or mtp_layer(model) is not None:  # save_pretrained does not know the module
             save_policy(aside, checkpoint_views(model), model, tokenizer)
         else:
             model.save_pretrained(aside, state_dict=weights)

@@ -7,16 +7,19 @@ import numpy as np
 import policies
 import pytest
 import torch
-from made import MAX_TOKENS, TEMPERATURE, NoFloat32, distance, make_groups, reference_model
+from made import MAX_TOKENS, TEMPERATURE, NoFloat32, distance, make_groups, make_learner, reference_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from data.recipe import InputError
 from data.values import Group
+from rl.advantage import group_advantage
 from rl.attention import layout_of
 from rl.batch import Normaliser, TrainBatch, items_of, pack
+from rl.config import AdvantageConfig, LossConfig, MtpConfig
+from rl.learner import Learner
 from rl.logp import logp_and_entropy
-from rl.mtp import MtpLayer, acceptance, attach, load_mtp, mtp_hidden, mtp_layer
+from rl.mtp import MtpLayer, MtpLoss, acceptance, attach, load_mtp, mtp_hidden, mtp_layer
 from rl.policy import checkpoint_specs, checkpoint_views, load_model, save_policy
 from rl.shard import output_head
 
@@ -155,3 +158,41 @@ def test_acceptance_is_the_overlap_of_draft_and_policy() -> None:
     head.weight.data = torch.eye(3)
     p, q = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1]]), torch.tensor([[0.2, 0.3, 0.5], [0.1, 0.8, 0.1]])
     assert acceptance(head, p.log(), q.log(), 1.0) == pytest.approx(((0.2 + 0.3 + 0.2) + 1.0) / 2)
+
+
+def steps(learner: Learner, count: int) -> list[dict[str, float]]:
+    groups = make_groups(REWARDS)
+    rows = []
+    for _ in range(count):
+        for batch in learner.batches(groups, group_advantage(groups, AdvantageConfig())):
+            learner.step(batch)
+        rows.append(learner.mtp_loss.collect())
+    return rows
+
+
+def test_a_detached_module_learns_beside_a_policy_that_does_not_notice(published: Path) -> None:
+    with_module = make_learner(published, LossConfig(), mtp=MtpConfig(weight=0.3), lr=3e-3, micro_tokens=40, max_grad_norm=0.01)
+    without = make_learner(published, LossConfig(), lr=3e-3, micro_tokens=40, max_grad_norm=0.01)
+    rows = steps(with_module, 30)
+    steps(without, 30)
+    policies_differ = [
+        name
+        for (name, one), (_, other) in zip(with_module.model.named_parameters(), without.model.named_parameters(), strict=True)
+        if not torch.equal(one, other)
+    ]
+    assert policies_differ and all(name.startswith("model.layers.2.") for name in policies_differ)
+    assert rows[-1]["mtp/loss"] < 0.5 * rows[0]["mtp/loss"]
+
+
+def test_numbers_of_the_module_do_not_depend_on_how_a_step_is_cut(published: Path) -> None:
+    one, many = (make_learner(published, LossConfig(), mtp=MtpConfig(weight=0.3), micro_tokens=n) for n in (10_000, 30))
+    (first,), (second,) = steps(one, 1), steps(many, 1)
+    assert first.keys() == {"mtp/loss", "mtp/acceptance"}
+    assert all(first[name] == pytest.approx(second[name], rel=1e-10) for name in first)
+    assert 0.0 < first["mtp/acceptance"] < 1.0
+
+
+def test_a_policy_without_the_module_cannot_train_it(tmp_path: Path) -> None:
+    learner = make_learner(policies.tiny_deepseek_v3(tmp_path, seed=0), LossConfig())
+    with pytest.raises(InputError, match=r"learner\.mtp\.weight"):
+        MtpLoss(learner.model, MtpConfig(weight=0.1), learner.ranks)

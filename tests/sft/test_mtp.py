@@ -1,0 +1,94 @@
+"""The multi-token prediction module in SFT: its loss packed is its loss row by row, and what is saved is what was trained."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from policies import tiny_deepseek_v3, tiny_qwen3_moe
+from safetensors.torch import load_file
+
+from data.recipe import InputError, parse
+from rl.mtp import mtp_layer
+from rl.policy import checkpoint_views, load_model
+from sft.config import SftRecipe
+from sft.mtp import mtp_loss
+from sft.tokens import IGNORED
+from sft.trainer import load_policy, make_trainer, token_rows, train
+
+ROWS = [
+    {"prompt": "12;", "completion": "345"},
+    {"prompt": "4", "completion": "5"},
+    {"prompt": "AAB", "completion": "CDCDCDC8"},
+    {"prompt": "777777", "completion": "=1"},
+]
+
+
+def recipe_of(policy: Path, **sft: object) -> SftRecipe:
+    settings = {"steps": 1, "batch_size": 8, "max_length": 24, "mtp_weight": 0.3, "threads": 1, **sft}
+    return parse(
+        {"run": {"name": "mtp"}, "policy": {"path": str(policy)}, "data": {"path": "not read"}, "sft": settings}, SftRecipe, "test"
+    )
+
+
+def alone(model, row):
+    """Equations 21 to 24 on one row, written out; and the loss of the module's own function on it."""
+    layer, decoder = mtp_layer(model), model.get_decoder()
+    ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+    hidden, embedded = decoder(ids).last_hidden_state, decoder.embed_tokens(ids)
+    x = layer.eh_proj(torch.cat([layer.enorm(embedded[:, 1:]), layer.hnorm(hidden[:, :-1])], dim=-1))
+    position = torch.arange(x.shape[1])[None]
+    mask = torch.full((x.shape[1],) * 2, -torch.inf).triu(1)[None, None]
+    out = layer(x, attention_mask=mask, position_ids=position, position_embeddings=decoder.rotary_emb(x, position))
+    logp = model.lm_head(layer.shared_head["norm"](out))[0, :-1].log_softmax(-1)
+    learned = labels[2:] != IGNORED
+    return -logp[learned, labels[2:][learned]].sum()
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+def test_the_loss_of_a_batch_is_that_of_its_rows_alone(packing, tmp_path):
+    recipe = recipe_of(tiny_deepseek_v3(tmp_path / "policy", seed=3), packing=packing)
+    policy = load_policy(recipe)
+    trainer = make_trainer(recipe, policy, tokens := token_rows(recipe, policy, ROWS), tmp_path / "run")
+    (batch,) = list(trainer.get_train_dataloader())
+    model = policy[0]
+    kept = []
+    model.get_decoder().register_forward_hook(lambda module, args, output: kept.append(output.last_hidden_state))
+    model(**{name: value for name, value in batch.items() if name != "labels"})
+    loss = mtp_loss(model, kept[0], batch)
+    expected = sum(alone(model, row) for row in tokens.rows)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    ours, theirs = (torch.autograd.grad(x, mtp_layer(model).eh_proj.weight)[0] for x in (loss, expected))
+    assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+
+
+def test_the_trained_module_is_saved_in_the_published_names_and_learns(tmp_path):
+    recipe = recipe_of(tiny_deepseek_v3(tmp_path / "policy", seed=3), steps=12, lr=5e-3, min_lr=0.0)
+    policy = load_policy(recipe)
+    first = mtp_layer(policy[0]).eh_proj.weight.detach().clone()
+    train(recipe, policy, token_rows(recipe, policy, ROWS), tmp_path / "run")
+    saved = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in checkpoint_views(policy[0]))
+    assert not torch.equal(first, saved["model.layers.2.eh_proj.weight"])
+    again = load_model(tmp_path / "run" / "final", torch.float32)
+    assert torch.equal(mtp_layer(again).eh_proj.weight, saved["model.layers.2.eh_proj.weight"])
+    rows = [float(line.split('"mtp_loss": ')[1].split(",")[0].rstrip("}\n")) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert rows[-1] < 0.5 * rows[0]
+
+
+def test_without_a_weight_a_module_stays_as_it_is(tmp_path):
+    first = recipe_of(tiny_deepseek_v3(tmp_path / "policy", seed=3), steps=1, lr=5e-3, min_lr=0.0)
+    policy = load_policy(first)
+    train(first, policy, token_rows(first, policy, ROWS), tmp_path / "run")
+    second = recipe_of(tmp_path / "run" / "final", steps=2, lr=5e-3, min_lr=0.0, mtp_weight=0.0)
+    policy = load_policy(second)
+    train(second, policy, token_rows(second, policy, ROWS), tmp_path / "again")
+    before, after = (load_file(tmp_path / run / "final" / "model.safetensors") for run in ("run", "again"))
+    module = [name for name in before if name.startswith("model.layers.2.") and "embed_tokens" not in name and "head.head" not in name]
+    assert before.keys() == after.keys() and len(module) > 20
+    assert all(torch.equal(before[name], after[name]) for name in module)
+    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+
+
+def test_a_policy_of_another_kind_has_no_module(tmp_path):
+    with pytest.raises(InputError, match="multi-token prediction is DeepSeek-V3's"):
+        load_policy(recipe_of(tiny_qwen3_moe(tmp_path / "policy", seed=3)))
