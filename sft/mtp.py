@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from transformers.masking_utils import create_causal_mask
 
 from rl.logp import logp_and_entropy
 from rl.mtp import mtp_layer
-from sft.checkpoint import ResumableTrainer
 from sft.tokens import IGNORED
 
 
@@ -47,10 +46,11 @@ def mtp_loss(model: PreTrainedModel, hidden_BTD: torch.Tensor, inputs: dict[str,
     return -logp_N.sum()
 
 
-class MtpTrainer(ResumableTrainer):
-    """Adds the module's loss, weighted by `mtp_weight`, to the policy's."""
+class WithMtp(Trainer):
+    """Adds the module's loss, weighted by `mtp_weight`, to the policy's; stands before trl's trainer, whose numbers it adds to."""
 
     mtp_weight = 0.0
+    _metrics: dict[str, dict[str, list[float]]]
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         kept: list[torch.Tensor] = []

@@ -39,7 +39,7 @@ from rl.run import Interrupted
 from sft.checkpoint import Resumable, newest, remove_checkpoints
 from sft.config import SftRecipe
 from sft.init import init_policy
-from sft.mtp import MtpTrainer
+from sft.mtp import WithMtp
 from sft.ranks import ranks
 from sft.tokens import TokenRows, tokenise
 
@@ -55,6 +55,10 @@ transformers.utils.logging.disable_progress_bar()
 
 class ResumableTrainer(Resumable, SFTTrainer):
     """trl's trainer with checkpoints that hold every expert."""
+
+
+class MtpTrainer(WithMtp, ResumableTrainer):
+    """The same, with the loss of multi-token prediction."""
 
 
 def train(recipe: SftRecipe, policy: Policy, rows: TokenRows, folder: Path) -> dict[str, Any]:
