@@ -1,6 +1,6 @@
 """From a collapsed router to balance: max violation step by step, with the correction bias and without it, in one picture.
 
-    PYTHONPATH=tests python -m bench.router_balance [--steps 60] [--out docs/router_balance.png]
+    PYTHONPATH=tests python -m bench.router_balance [--steps 100] [--out docs/router_balance.png]
 
 The policy is tests/policies.py's tiny DeepSeek-V3 (8 experts in 2 groups, 2 a token) whose gates were bent so that expert 0 has nearly
 every token. The learner takes GRPO steps on random completions with random rewards; nothing in them asks for balance. Prints the
@@ -84,8 +84,8 @@ def draw(curves: dict[str, list[float]], out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--bias-step", type=float, default=0.02)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--bias-step", type=float, default=0.01)
     parser.add_argument("--out", type=Path, default=Path("docs/router_balance.png"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -163,10 +163,10 @@ def test_a_checkpoint_gives_an_adapters_run_its_bias_back(deepseek: Path, tmp_pa
 
 def test_a_collapsed_router_finds_its_balance_by_the_bias_alone(tmp_path: Path) -> None:
     """One expert is in nearly every token's choice; without the bias that stays so."""
-    found = {step: curve(tmp_path / f"{step}", bias_step=step, steps=40) for step in (0.0, 0.05)}
+    found = {step: curve(tmp_path / f"{step}", bias_step=step, steps=60) for step in (0.0, 0.01)}
     assert all(violations[0] > 2.7 for violations in found.values()), "of 3, where every token goes to one of eight, two a token"
     assert min(found[0.0]) > 2.0
-    assert found[0.05][-1] < 1.0
+    assert sum(found[0.01][-5:]) / 5 < 1.0
 
 
 # --- losses -------------------------------------------------------------------------------------------------------------
