@@ -82,13 +82,16 @@ def mask_of(batch: TrainBatch, block: int = 128) -> BlockMask:
     """FlexAttention's mask by blocks of rows and keys; no [T, T] tensor is made, as torch's own `create_block_mask` would."""
     length = len(batch.tokens_T)
     some, full = _blocks(batch, length, block)
-    tables = []
-    for table in (some & ~full, full):
-        indices = table.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-        tables += [x.to(batch.tokens_T.device, torch.int32)[None, None] for x in (table.sum(-1), indices)]
+    (looked_at, where), (seen, seen_where) = (_table(x, batch.tokens_T.device) for x in (some & ~full, full))
     return BlockMask.from_kv_blocks(
-        tables[0], tables[1], tables[2], tables[3], BLOCK_SIZE=block, mask_mod=sees(batch), seq_lengths=(length, length)
-    )
+        looked_at, where, seen, seen_where, BLOCK_SIZE=block, mask_mod=sees(batch), seq_lengths=(length, length)
+    )  # fmt: skip
+
+
+def _table(blocks: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """bool [row blocks, key blocks] as FlexAttention reads it: how many of a row are true, and which, these first."""
+    indices = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1).to(device, torch.int32)[None, None], indices.to(device, torch.int32)[None, None]
 
 
 def _blocks(batch: TrainBatch, length: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
