@@ -6,7 +6,7 @@ writes them again. All have the same columns and types, so that a folder of them
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,11 @@ COLUMNS = {
     "parts": "string",
     "advantage": "float64",
     "outcome": "string",
+    "extras": "string",
 }
 """Column -> type. `prompt` is the text the policy read, `parts` a JSON object, `reward` null where the status is not ok, `outcome` the
-reason under which the account has its tokens."""
+reason under which the account has its tokens, `extras` a JSON object of what reward functions logged by `log_extra` (empty for a group
+that was scored before the run went on)."""
 
 
 def write_completions(
@@ -44,17 +46,21 @@ def write_completions(
     texts: Sequence[Sequence[str]],
     advantages: Sequence[Sequence[float | None]],
     outcomes: Sequence[Sequence[str]],
+    extras: Sequence[Mapping[str, Sequence[Any]]] = (),
 ) -> Path:
     """Writes the groups of one step, whole or not at all, and returns the file.
 
     `texts`, `advantages` and `outcomes` are aligned with the groups and their completions; one that has no advantage has None.
+    `extras`: by group, columns with a value for each completion; none for no group.
     """
     from data.parquet import write_rows  # loads pyarrow
 
     rows = [
-        _row(step, group, completion, score) | {"completion": text, "advantage": advantage, "outcome": outcome}
-        for group, *columns in zip(groups, texts, advantages, outcomes, strict=True)
-        for completion, score, text, advantage, outcome in zip(group.completions, group.scores, *columns, strict=True)
+        _row(step, group, completion, score) | {"completion": text, "advantage": advantage, "outcome": outcome, "extras": extra}
+        for group, columns, *of_group in zip(groups, extras or [{}] * len(groups), texts, advantages, outcomes, strict=True)
+        for completion, score, extra, text, advantage, outcome in zip(
+            group.completions, group.scores, _by_completion(columns, len(group.completions)), *of_group, strict=True
+        )
     ]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step}.parquet"
@@ -69,6 +75,11 @@ def cut_completions(folder: Path, step: int) -> list[Path]:
     for path in late:
         path.unlink()
     return late
+
+
+def _by_completion(columns: Mapping[str, Sequence[Any]], count: int) -> list[str]:
+    """What was logged of each completion, in JSON."""
+    return [json.dumps({name: values[i] for name, values in columns.items() if values[i] is not None}) for i in range(count)]
 
 
 def _row(step: int, group: Group, completion: Completion, score: Score) -> dict[str, Any]:

@@ -33,6 +33,8 @@ _TICK_S = 0.5
 """How late, at most, a worker is found dead whose pipes something else holds open."""
 _TRACEBACKS = 100
 """Tracebacks kept for messages, the latest."""
+_EXTRAS = 4096
+"""Groups whose `log_extra` columns wait to be asked for, the latest: of a group that is dropped nobody asks."""
 
 
 @dataclass
@@ -222,6 +224,8 @@ class Scorer:
             self._logged.setdefault(group.key, []).extend(group.metrics)
         if group.extras:
             self._extras[group.key] = group.extras
+        while len(self._extras) > _EXTRAS:
+            del self._extras[next(iter(self._extras))]
         self._tracebacks |= group.tracebacks
         while len(self._tracebacks) > _TRACEBACKS:
             del self._tracebacks[next(iter(self._tracebacks))]

@@ -6,6 +6,7 @@ keys, BPF, io_uring, modules, clocks; and every call that is newer than this lis
 """
 
 import struct
+from functools import cache
 
 KILL, ALLOW, ERRNO = 0x80000000, 0x7FFF0000, 0x00050000
 _EPERM, _ENOSYS = 1, 38
@@ -68,10 +69,13 @@ _SIGNALS = [(62, 129), (200, 130), (234, 131), (129, 138), (297, 240)]
 _PIDFD_SIGNAL = (424, 424)
 _PRCTL_REFUSED = (4, 22, 35, 36)
 """PR_SET_DUMPABLE, which would close its descriptors to the server; PR_SET_SECCOMP, PR_SET_MM, PR_SET_CHILD_SUBREAPER."""
-_IOCTL_REFUSED = (0x5412, 0x541C)
-"""TIOCSTI and TIOCLINUX, which type into a terminal."""
+_IOCTL_REFUSED = (0x5412, 0x541C, 0x8901, 0x8902)
+"""TIOCSTI and TIOCLINUX, which type into a terminal; FIOSETOWN and SIOCSPGRP, as F_SETOWN."""
+_FCNTL, _FCNTL_REFUSED = (72, 25), (8, 10, 15)
+"""F_SETOWN, F_SETSIG, F_SETOWN_EX: with them the kernel sends signals in a program's name."""
 
 
+@cache
 def filter_program(machine: str, shared_files: bool = False, signals_only_to: int | None = None) -> bytes:
     """The filter as an array of struct sock_filter.
 
@@ -98,6 +102,7 @@ def filter_program(machine: str, shared_files: bool = False, signals_only_to: in
         _AFFINITY: [_argument(0), *zero],
         _PRIORITY: [_argument(0), *zero, _argument(1), *zero],
         _IOCTL: [_argument(1), *(op for value in _IOCTL_REFUSED for op in (_op(_EQUAL, value, 0, 1), refuse))],
+        _FCNTL: [_argument(1), *(op for value in _FCNTL_REFUSED for op in (_op(_EQUAL, value, 0, 1), refuse))],
         _PRCTL: [_argument(0), *(op for value in _PRCTL_REFUSED for op in (_op(_EQUAL, value, 0, 1), refuse))],
     }
     if signals_only_to is not None:

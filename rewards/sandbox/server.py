@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
-from rewards.sandbox import bubblewrap, confine, folders, kernel, processes, program, semaphores, tracer
+from rewards.sandbox import bubblewrap, confine, folders, kernel, processes, program, seccomp, semaphores, tracer
 from rewards.sandbox.limits import REQUEST_BYTES, Limits
 
 _TICK_S = 0.05
@@ -66,6 +66,7 @@ class Server:
             importlib.import_module(name)
         if self._how.backend == "landlock":
             semaphores.install()
+        seccomp.filter_program(os.uname().machine, self._how.backend == "landlock", None)  # keeps it for the forks
         gc.freeze()  # or the first collection in each fork would copy every page
         self._poll.register(self._control, select.POLLIN)
         next_watch = 0.0

@@ -25,7 +25,6 @@ _OPTIONS = kernel.PTRACE_O_TRACEFORK | kernel.PTRACE_O_TRACEVFORK | kernel.PTRAC
 
 def trace(server: int, limits: Limits, report: int, program: Callable[[], NoReturn]) -> NoReturn:
     """In a fork of the server: runs `program` in a fork of its own and writes into `report` how that ended."""
-    os.setsid()
     kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != server:
         os._exit(1)  # it died before the line above

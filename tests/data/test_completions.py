@@ -32,9 +32,15 @@ def test_a_file_holds_a_row_for_each_completion(tmp_path):
     assert first == {
         "step": 7, "prompt_id": "p-1", "group_id": "run/p-1/2", "index": 0, "attempt": 2, "seed": 2**62, "prompt": "1+1=",
         "completion": "2", "tokens": 3, "finish_reason": "stop", "engine": "hf-0", "version_min": 4, "version_max": 5,
-        "reward": 1.0, "status": "ok", "detail": "", "advantage": 0.5, "outcome": "trained",
+        "reward": 1.0, "status": "ok", "detail": "", "advantage": 0.5, "outcome": "trained", "extras": "{}",
     }  # fmt: skip
     assert [second[name] for name in ("completion", "reward", "status", "advantage", "outcome")] == ["３", None, "timeout", None, "failed"]
+
+
+def test_columns_of_reward_functions_stand_in_their_rows(tmp_path):
+    extras = [{"answer": ["2", None], "tokens": [1, 3]}]
+    path = write_completions(tmp_path, 7, [group()], [["2", "3"]], [[0.5, None]], [["trained", "failed"]], extras)
+    assert [json.loads(row["extras"]) for row in pq.read_table(path).to_pylist()] == [{"answer": "2", "tokens": 1}, {"tokens": 3}]
 
 
 def test_all_files_have_the_same_columns_so_a_folder_is_one_table(tmp_path):

@@ -6,10 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from watching import processes_with, wait_until
 
 from rewards.sandbox.processes import children
 
@@ -53,25 +53,6 @@ while True:
     except OSError:
         pass
 """
-
-
-def processes_with(mark):
-    """The processes with this mark in their command line, zombies not, by /proc."""
-    found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if mark.encode() in Path(f"/proc/{name}/cmdline").read_bytes() and int(name) != os.getpid():
-                found.append(int(name))
-        except OSError:
-            continue
-    return found
-
-
-def wait_until(holds, seconds):
-    end = time.monotonic() + seconds
-    while not holds() and time.monotonic() < end:
-        time.sleep(0.05)
-    return holds()
 
 
 @pytest.mark.parametrize("victim", ["judge", "guard", "server", "judge of a server that hangs"])

@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from watching import processes_with, wait_until
 
 from data.recipe import InputError
 from rewards.config import RewardsConfig
@@ -126,3 +128,20 @@ def test_a_command_that_is_not_in_the_sandbox_is_an_error(tmp_path):
     tool = {"name": "command_check", "options": {"command": [str(tmp_path / "tool"), "{file}"]}}
     (score,) = scores_of(tool, ["text"], {})
     assert (score.value, score.status) == (None, "error") and "option paths?" in score.detail
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_scoring_that_is_stopped_leaves_no_program(number, tmp_path):
+    mark = f"{98765 + number}.4321"
+    text = f"trap '' INT TERM HUP\nsetsid sleep {mark} &\n(setsid sleep {mark} &)\nsleep {mark}\n"
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "q", "completion": text}) + "\n")
+    (tmp_path / "recipe.yaml").write_text(
+        "rewards: {parts: [{name: command_check, options: {command: [sh, '{file}'], limits: {wall_s: 300.0}}, timeout_s: 300}]}"
+    )
+    command = [sys.executable, "-m", "rewards.score", "--recipe", "recipe.yaml", "--in", "rows.jsonl", "--out", "scored.jsonl"]
+    env = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.DEVNULL) as scoring:
+        assert wait_until(lambda: len(processes_with(mark)) == 3, 20.0), processes_with(mark)
+        scoring.send_signal(number)
+        assert wait_until(lambda: not processes_with(mark), 10.0), processes_with(mark)
+        scoring.kill()
