@@ -251,8 +251,10 @@ class _Job:
     def _ending(self, reply: dict[str, Any]) -> Ending:
         started = os.pread(self._job, 3, 0)
         if "failed" in reply or (started != b"ok\n" and not reply["ended_by"]):
-            said = reply.get("failed") or os.pread(self._job, 4000, 3).decode("utf-8", "replace")
-            raise SandboxError(f"a program could not be confined: {said if started != b'{' else 'its process died'}".strip())
+            said = "its process died"
+            if started == b"no\n":
+                said = os.pread(self._job, 4000, 3).decode("utf-8", "replace").strip()
+            raise SandboxError(f"a program could not be confined: {reply.get('failed', said)}")
         limit = self._limits.output_mb << 20
         stdout, stderr = os.pread(self._stdout, limit, 0), os.pread(self._stderr, limit, 0)
         how, code = self._how(reply, max(len(stdout), len(stderr)) >= limit)

@@ -152,7 +152,7 @@ class Server:
         status, cpu_s = _wait(running.pid)
         said = {"status": status, "ended_by": ""}
         if running.report >= 0:
-            said = _read_report(running.report) or said
+            said = _read_report(running.report) or (said if running.ended_by else {"failed": "its tracer died"})
             if not said.pop("alone", False):
                 cpu_s += self._reap_orphans()
         folders.remove(running.folder)

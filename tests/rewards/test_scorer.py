@@ -144,6 +144,19 @@ def test_functions_written_for_trl_run_unchanged_sync_and_async(plugin):
         assert scorer.metrics() == {}
 
 
+def test_columns_that_nobody_asks_for_do_not_pile_up(plugin, monkeypatch):
+    monkeypatch.setattr("rewards.scorer._EXTRAS", 2)
+    path = plugin("""
+        def noted(completions, log_extra, **kwargs):
+            log_extra("said", completions)
+            return [1.0] * len(completions)
+    """)
+    with Scorer(config([{"name": "noted"}], [f"{path}:noted"])) as scorer:
+        scorer.score([job([text]) for text in ("a", "b", "c")])
+        held = [scorer.extras(index) for index in range(3)]
+    assert held.count({}) == 1 and sum("said" in each for each in held) == 2
+
+
 def test_text_prompts_reach_a_function_as_text_with_copies_of_the_columns(plugin):
     path = plugin("""
         def greedy(prompts, completions, tests, **kwargs):
