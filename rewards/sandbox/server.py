@@ -183,6 +183,8 @@ class Server:
                 self._kill(running, "files")
 
     def _kill(self, running: _Running, why: str) -> None:
+        if os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return  # it has ended by itself while we were busy
         running.ended_by = running.ended_by or why
         os.kill(running.pid, signal.SIGKILL)
 
