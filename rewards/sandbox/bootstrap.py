@@ -102,7 +102,12 @@ def _build_as_root(paths: tuple[str, ...]) -> bool:
 
 def unused_uid() -> int:
     """A user id that has no name and no process."""
-    taken = {entry.stat().st_uid for entry in os.scandir("/proc") if entry.name.isdigit()}
+    taken = set()
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            taken.add(os.stat(f"/proc/{name}").st_uid)
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has ended
     start = os.getpid() % len(_DYNAMIC_UIDS)
     for uid in (*_DYNAMIC_UIDS[start:], *_DYNAMIC_UIDS[:start]):
         if uid not in taken and not _has_name(uid):
