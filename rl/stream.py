@@ -123,7 +123,7 @@ class GroupStream:
 
         With `rollout.resample_zero_groups` further prompts are taken for groups that teach nothing, in at most `max_resamples` rounds;
         if fewer than `count` teach then, those are the step. A prompt whose groups could not be scored within `rollout.max_resamples`
-        is left out. Raises RunStopped if none is left or too many scores failed, EngineDead if an engine died.
+        is left out. Raises RunStopped if none is left or too many scores failed, EngineDead if engines keep dying.
         """
         now = _Step()
         self.scorer.metrics()  # those of an evaluation since the last step

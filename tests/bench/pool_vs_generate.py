@@ -6,7 +6,8 @@ What is compared is tokens per engine-busy second: for the pool, seconds in whic
 `generate`, seconds of the call. Tokens over the pool's wall seconds, from the first submit to the last completion, stand beside, and
 tokens per CPU second of the sampling process, which hold on a machine that others use as well. `generate` is asked twice a turn, once
 with the settings an engine has and once with vLLM's own for `LLM` (its larger budget of tokens a step). Each is a process of its own
-that waits while another samples; all sample the same tokens, and that is asserted.
+that waits while another samples; all sample the same tokens, and that is asserted. Needs two cores and nothing else on the machine:
+beside other work, or on one core with the trainer's process, seconds say more of the scheduler than of the pool.
 """
 
 import argparse
