@@ -135,7 +135,10 @@ def full_disk_named(folder: Path, what: str) -> Iterator[None]:
             raise
         last = steps_in(folder)[-1:]
         intact = f"the last checkpoint, {folder / f'step-{last[0]}'}, is intact" if last else "there is no checkpoint yet"
-        raise InputError(f"{folder}: no space for {what}; make room and start again with the same command; {intact}") from None
+        said = " ".join(str(error).split())
+        raise InputError(
+            f"{folder}: no space for {what} ({said:.100}); make room and start again with the same command; {intact}"
+        ) from None
 
 
 def room_needed(parameters: int, bytes_each: int, keep: int) -> int:

@@ -113,13 +113,18 @@ def install(spec: str) -> None:
     if os.environ.get("RANK", "0") != (rank or "0"):
         return
     name, nth = (spec, 0) if spec in POINTS else (spec.rpartition(":")[0], int(spec.rpartition(":")[2]))
-    point = POINTS[name]
+    owner, attribute = resolve(POINTS[name])
+    setattr(owner, attribute, _killing(getattr(owner, attribute), POINTS[name], nth or POINTS[name].nth))
+
+
+def resolve(point: Point) -> tuple[Any, str]:
+    """The module or class that has the function of a point, and its name there."""
     module, _, path = point.function.partition(":")
     owner: Any = importlib.import_module(module)
     *classes, attribute = path.split(".")
     for part in classes:
         owner = getattr(owner, part)
-    setattr(owner, attribute, _killing(getattr(owner, attribute), point, nth or point.nth))
+    return owner, attribute
 
 
 def _killing(function: Callable[..., Any], point: Point, nth: int) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from crash import CHECKOUT
+from crash import CHECKOUT, POINTS, resolve
 from killing import LIMIT_S, account_problems, command, differences, environment, forked, make_policy, make_recipe, started, voided
 
 
@@ -21,6 +21,13 @@ def whole(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     assert forked(make_recipe(folder, policy)) == 0, (folder / "output.log").read_text()[-3000:]
     return folder / "run"
+
+
+def test_every_named_point_is_around_a_function_that_there_is() -> None:
+    assert len(POINTS) >= 40
+    for name, point in POINTS.items():
+        owner, attribute = resolve(point)
+        assert callable(getattr(owner, attribute)), name
 
 
 @pytest.mark.parametrize(
