@@ -58,11 +58,12 @@ class WithMtp(Trainer):
         read = dict(inputs)
         hook = policy.get_decoder().register_forward_hook(lambda module, args, output: kept.append(output.last_hidden_state))
         try:
-            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+            result = super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         finally:
             hook.remove()
         tokens = num_items_in_batch if num_items_in_batch is not None else int((read["labels"][:, 1:] != IGNORED).sum())
         own = mtp_loss(policy, kept[0], read) / tokens
         self._metrics["train" if self.model.training else "eval"]["mtp_loss"].append(float(own.detach()))
-        loss = loss + self.mtp_weight * own
-        return (loss, outputs) if return_outputs else loss
+        if return_outputs:
+            return result[0] + self.mtp_weight * own, result[1]
+        return result + self.mtp_weight * own
