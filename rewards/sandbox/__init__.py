@@ -6,5 +6,7 @@
 
 Each program runs in a fresh fork of a warm interpreter that never ran model text, in namespaces of its own, under Landlock, seccomp
 and rlimits, with a temporary folder that dies with it. What is expected of a program never enters its process: it gives values, the
-judge compares. `rewards.sandbox.judge` has the API, `python -m rewards.sandbox doctor` says what this machine can do.
+judge compares. Nothing outlives it: a program ends with its process id namespace or with its tracer, that with the server, the server
+with its guard, and the guard ends all when the judge is gone. `rewards.sandbox.judge` has the API, `python -m rewards.sandbox doctor`
+says what this machine can do.
 """
