@@ -56,8 +56,8 @@ def confine(how: Confinement, limits: Limits, folder: str) -> None:
     set_limits(limits, own_count=how.backend != "landlock")
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
     if how.landlock:
-        # Where there is a mount namespace it has nothing else, and a rule for each path would take time.
-        readable, shared = (how.paths, []) if how.backend == "landlock" else (["/"], ["/dev/shm"])
+        readable = [*how.paths, *([] if how.backend == "landlock" else ["/proc"])]
+        shared = [] if how.backend == "landlock" else ["/dev/shm"]
         landlock.restrict(how.landlock, readable, [folder, *shared, *view.DEVICES])
     if how.backend == "bubblewrap":
         return  # it dropped capabilities and set the filter
