@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3RMSNorm
@@ -32,6 +31,7 @@ from rl.attention import layout_of
 from rl.batch import TrainBatch
 from rl.config import MtpConfig
 from rl.experts import expert_views
+from rl.fp8.files import Fp8Files
 from rl.logp import logp_and_entropy
 from rl.ranks import Ranks
 
@@ -104,11 +104,9 @@ def load_mtp(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _tensors(folder: Path, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():
-                if name.startswith(prefix):
-                    yield name.removeprefix(prefix), file.get_tensor(name)
+    """Tensors whose names begin so, without the prefix; codes as the values they stand for."""
+    files = Fp8Files(folder)
+    return ((name.removeprefix(prefix), files.tensor(name)) for name in files.names() if name.startswith(prefix))
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from data.values import Group
 from rl.advantage import group_advantage
 from rl.attention import layout_of
 from rl.batch import Normaliser, TrainBatch, items_of, pack
-from rl.config import AdvantageConfig, LossConfig, MtpConfig
+from rl.config import AdvantageConfig, LossConfig, MtpConfig, PolicyConfig
+from rl.fp8.folder import engine_policy
 from rl.learner import Learner
 from rl.logp import logp_and_entropy
 from rl.mtp import MtpLayer, MtpLoss, acceptance, attach, load_mtp, mtp_hidden, mtp_layer
@@ -114,6 +115,18 @@ def test_a_checkpoint_with_the_module_goes_round_bit_by_bit_in_the_published_nam
     again = load_file(tmp_path / "model.safetensors")
     assert saved.keys() == again.keys() and all(torch.equal(saved[name], again[name]) for name in saved)
     assert {name: shape for name, _, shape in checkpoint_specs(model)} == {name: tuple(t.shape) for name, t in saved.items()}
+
+
+def test_in_block_fp8_the_module_is_coded_too_but_for_its_projection(published: Path, tmp_path: Path) -> None:
+    folder = engine_policy(PolicyConfig(path=str(published), precision="fp8"), published, tmp_path / "coded")
+    saved = load_file(folder / "model.safetensors")
+    name = "model.layers.2.self_attn.o_proj.weight"
+    assert saved[name].dtype is torch.float8_e4m3fn and saved["model.layers.2.eh_proj.weight"].dtype is torch.bfloat16
+    layer = mtp_layer(load_model(folder, torch.float32))
+    assert layer is not None
+    values = saved[name].float() * saved[f"{name}_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
+    assert torch.equal(layer.self_attn.o_proj.weight, values)
+    assert torch.equal(layer.eh_proj.weight, saved["model.layers.2.eh_proj.weight"].float())
 
 
 def test_the_trunk_is_what_transformers_loads_from_the_same_folder(published: Path) -> None:
