@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import socket
 import sys
 import tempfile
@@ -178,7 +179,9 @@ def run(backend: str, which: str) -> dict[str, Any]:
         facts = sandbox.facts
     after = left_behind()
     left = {key: sorted(set(after[key]) - set(before[key])) for key in after}
-    return {"uid": os.getuid(), "facts": facts, "results": results, "reached": targets.reached(), "left": left}
+    reached = targets.reached()
+    shutil.rmtree(targets.folder)
+    return {"uid": os.getuid(), "facts": facts, "results": results, "reached": reached, "left": left}
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def test_no_process_outlives_its_sandbox(backend, victim, tmp_path):
             guard = int(judge.stdout.readline())
             (server,) = children()[guard]
             # Judge, guard, server and, for each program, five processes of its own.
-            assert wait_until(lambda: len(processes_with(mark)) >= 13, 30.0), processes_with(mark)
+            assert wait_until(lambda: len(processes_with(mark)) >= 13, 30.0), " ".join(map(str, processes_with(mark)))
             if victim == "judge of a server that hangs":
                 os.kill(server, signal.SIGSTOP)
             os.kill({"guard": guard, "server": server}.get(victim, judge.pid), signal.SIGKILL)
