@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--columns", action="append", default=[], metavar="prompt=a,b", help="which column is prompt, completion, answer or id"
     )
     parser.add_argument("--recipe", metavar="R", help="a recipe; only its clean section is read")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     return run_command(lambda: clean_command(given))
 
 

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeat", action="store_true", help="uses rows again where a source is too small, as seldom as can be")
     parser.add_argument("--seed", type=int, default=0, help="which rows are taken, and in which order")
     parser.add_argument("--columns", action="append", default=[], metavar="prompt=a,b", help="which column is prompt or completion")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     return run_command(lambda: mix_command(given))
 
 

@@ -7,7 +7,8 @@ template are as alike as copies with a few words changed. So two rows are one on
 - so are their prompts, and their completions: other answers to one long prompt are no copies;
 - not all that differs stands in other rows too, as what fills the places of a template does, and where some does it counts twice;
 - neither has been given other numbers: not each holds a number that the other lacks;
-- their gold answers do not differ. Prompts that have the same one, a number or formula rare in the data, need less similarity.
+- their gold answers do not differ. Prompts that have the same one, a number or formula rare in the data, need less similarity;
+- the same shingles stand in the same order, without such an answer: a > b > c > d has all those of a > c > b > d.
 
 Everything that is kept of a row's text is its shingles' hashes, in a file. Time is near linear in the rows, as no shingle that
 counts is in many of them. Hashes have 64 bits and depend on the text alone, so that the result depends on the rows alone.
@@ -71,6 +72,8 @@ class NearDuplicates:
         self._splits = array("l")
         """How many of a row's shingles are its prompt's."""
         self._answers = array("Q")
+        self._orders = array("Q")
+        """A hash of all words in their order."""
         self._has_completion = bytearray()
         self._has_number = bytearray()
         """Whether the answer holds a digit; a name or `yes` is one of a few that there can be."""
@@ -91,6 +94,7 @@ class NearDuplicates:
         self._waiting_numbers.append(_numbers([*prompt, *(completion or ())]))
         self._has_completion.append(completion is not None)
         self._answers.append(_digest(answer) if answer is not None else 0)
+        self._orders.append(_digest("\n".join((*prompt, "", *(completion or ())))))
         self._has_number.append(answer is not None and any(character.isdigit() for character in answer))
         if len(self._waiting) >= 2 * CHUNK:
             self._flush()
@@ -192,6 +196,8 @@ class NearDuplicates:
         if similarity < threshold or _exchanged(self._numbers.row(a), self._numbers.row(b)):
             return None
         if not self._rare[a] and self._varied(ours, theirs) < threshold:
+            return None
+        if similarity == 1.0 and not self._rare[a] and self._orders[a] != self._orders[b]:
             return None
         if similarity < 1.0:
             telling = [np.concatenate(row)[self._telling(np.concatenate(row))] for row in (ours, theirs)]

@@ -59,11 +59,11 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     path = write_completions(tmp_path, 1, [group()], [["2", "3"]], [[1.0, 2.0]], [["trained"] * 2])
     before = path.read_bytes()
 
-    def no_space(_table: pa.Table, where, **_options) -> None:
-        where.write_bytes(b"half")
+    def no_space(self: pq.ParquetWriter, batch: pa.RecordBatch) -> None:
+        assert [file.name for file in tmp_path.glob(".*")] == [".step-1.parquet.tmp"]  # it was begun, beside the file
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pq, "write_table", no_space)
+    monkeypatch.setattr(pq.ParquetWriter, "write_batch", no_space)
     with pytest.raises(OSError, match="No space left"):
         write_completions(tmp_path, 1, [group()], [["4", "5"]], [[1.0, 2.0]], [["trained"] * 2])
     assert [file.name for file in tmp_path.iterdir()] == ["step-1.parquet"]

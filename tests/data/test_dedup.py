@@ -108,6 +108,14 @@ def test_a_thousand_rows_that_share_only_templates_all_stay(gold, tmp_path):
     assert duplicates(tmp_path, *rows) == {}
 
 
+def test_the_same_pairs_of_words_in_another_order_are_another_text_and_other_punctuation_is_not(tmp_path):
+    a = "Ann is taller than Ben. Ben is taller than Cleo. Cleo is taller than Dan. Who is the tallest?"
+    b = "Ann is taller than Cleo. Cleo is taller than Ben. Ben is taller than Dan. Who is the tallest?"
+    assert bigrams(a) == bigrams(b)
+    found = duplicates(tmp_path, prompt(a), prompt(b), prompt(a.replace(". ", "; ")))
+    assert {index: (duplicate.of, duplicate.similarity) for index, duplicate in found.items()} == {2: (0, 1.0)}
+
+
 def test_one_long_instruction_with_another_word_in_each_row_is_no_copy(tmp_path):
     words_of = [f"{first}{second}" for first in ("ba", "de", "fi", "go", "hu") for second in "klmnprstvwxz"]
     rows = [prompt(TEMPLATES[3].split("Question")[0] + f"Question: what is the capital of {name}land?") for name in words_of]

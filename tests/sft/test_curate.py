@@ -164,7 +164,7 @@ def test_what_a_training_run_has_sampled_is_taken_and_not_judged_again(command, 
             journal.put_scores(group.id, dict(enumerate(group.scores)))
         journal.use(groups[0].id, 5, "trained")
         journal.contain(6, oldest=6)  # its tokens are gone: the text is what there is
-    write_completions(run / "completions", 6, groups[:1], [["12", "AB"]], [[None, None]])
+    write_completions(run / "completions", 6, groups[:1], [["12", "AB"]], [[None, None]], [["trained"] * 2])
     prompts = {"path": "prompts.jsonl"}
     trained = {"run": {"name": "trained"}, "policy": {"path": "expert-1"}, "prompts": prompts, "rewards": recipe["rewards"]}
     (run / "recipe.yaml").write_text(resolved_yaml(parse(trained, TrainRecipe, "test")))
