@@ -77,7 +77,7 @@ def dry_run(recipe: TrainRecipe, folder: RunFolder) -> int:
     print("\n".join(inputs.lines))
     print(_step(recipe, machine, inputs, longest))
     print(memory(recipe, sizes, machine, longest))
-    if sizes is not None:
+    if sizes is not None and recipe.rollout.weights == "file":
         print(_weight_file(recipe, sizes))
     result = folder.result() if ours else None
     if result is not None and result["steps"] >= recipe.learner.steps:

@@ -66,7 +66,7 @@ POINTS = {
     # a step
     "begin: before its transaction": Point("data.journal:Journal.begin", "before", 4),
     "begin: after its transaction": Point("data.journal:Journal.begin", "after", 4),
-    "sampling: between two tokens": Point("rl.engines.hf:HfEngine._advance", "before", 110),
+    "sampling: between two tokens": Point("rl.engines.hf:_Life._advance", "before", 110),
     "completions: before their transaction": Point("data.journal:Journal.put_completions", "before", 14),
     "completions: after it, between sampling and scoring": Point("data.journal:Journal.put_completions", "after", 14),
     "scores: asked for": Point("rewards.scorer:Scorer.submit", "after", 20),

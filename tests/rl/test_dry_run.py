@@ -281,12 +281,14 @@ def test_the_shared_memory_of_weight_updates_is_the_policy_in_its_precision(fres
     total = sizes_of(QWEN3_30B, None).total
     there = f"weight file: {2 * total / GB:.3f} GB of shared memory, through which updates reach the engines"
     assert dry_run(monkeypatch, rl.train, "recipes/gsm8k_8gpu.yaml") == 0
+    assert "shared memory" not in capsys.readouterr().out, "NCCL needs none"
+    assert dry_run(monkeypatch, rl.train, "recipes/gsm8k_8gpu.yaml", "rollout.weights=file") == 0
     assert f"{there}; /dev/shm has to hold it\n" in capsys.readouterr().out
 
     usage = namedtuple("usage", "total used free")
     for free, verdict in ((3 * total, "fits: "), (total, "does not fit: ")):
         monkeypatch.setattr("shutil.disk_usage", lambda place, free=free: usage(0, 0, free))
-        assert dry_run(monkeypatch, rl.train, "recipes/gsm8k_8gpu.yaml", "hardware=null") == 0
+        assert dry_run(monkeypatch, rl.train, "recipes/gsm8k_8gpu.yaml", "hardware=null", "rollout.weights=file") == 0
         said = capsys.readouterr().out
         assert f"{there}; {verdict}" in said and f"/dev/shm has {free / GB:.2f} GB" in said
         assert ("enlarge /dev/shm" in said) == (free == total)

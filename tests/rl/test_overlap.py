@@ -61,6 +61,9 @@ class Scorer:
         done, self.done = self.done, []
         return done
 
+    def logged(self, key: str) -> list[tuple[str, float]]:
+        return []
+
     def metrics(self) -> dict[str, float]:
         return {}
 

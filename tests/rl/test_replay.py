@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 from data.values import Completion, Group, Prompt, Score
 from rl.advantage import group_advantage
 from rl.config import AdvantageConfig, LoraConfig, LossConfig
-from rl.engines.base import Event, Finished, Request, Sampling
+from rl.engines.base import Event, Finished, Pulse, Request, Sampling
 from rl.engines.hf import HfEngine
 from rl.learner import Learner
 from rl.lora import add_adapter
@@ -210,10 +210,11 @@ def sampled(policy: Path, dtype: torch.dtype, prompts: int, max_tokens: int = 12
         ids = rng.integers(2, 64, 6).astype(np.int32)
         engine.submit([Request(f"p{p}", f"run/p{p}/0", 0, i, 100 * p + i, ids, Sampling(max_tokens, 0.7)) for i in range(8)])
         done: list[Completion] = []
-        for _ in range(8):
+        while len(done) < 8:
             event = mailbox.get(timeout=60)
-            assert isinstance(event, Finished), event
-            done.append(event.completion)
+            assert isinstance(event, Finished | Pulse), event
+            if isinstance(event, Finished):
+                done.append(event.completion)
         done.sort(key=lambda c: c.index)
         scores = (*(Score(float(x)) for x in rng.integers(0, 2, 7)), Score(0.5))
         groups.append(Group(f"run/p{p}/0", Prompt(f"p{p}", "", "", ids), 0, tuple(done), scores))
