@@ -8,7 +8,10 @@ each kill the journal is read; what it holds may neither be asked of an engine n
 the end are byte for byte those of a run that was never killed.
 
 busy: tokens per engine-busy second of curation, journal, rewards and all, against bare `LLM.generate` on the same prompts, seeds and
-settings, turn by turn in the same run. Loading stands apart. `wall` counts from the first request to the last score.
+settings, turn by turn in the same run. Loading stands apart. `wall` counts from the first request to the last score. Beside them
+stand tokens per CPU second of the sampling process, and how much CPU time all other processes of the curation took for each of it:
+these hold on a machine that others use as well. Seconds need two cores and nothing else on them: on one core with the curation's own
+processes they say more of the scheduler than of curation.
 """
 
 import argparse
@@ -23,6 +26,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 from curation import Killed, files_of, small_recipe, write_recipe
 from harness import line, table
 
@@ -75,7 +79,7 @@ def _recipe(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def busy(arguments: argparse.Namespace) -> None:
-    from rl.engines.vllm import VllmSpec
+    from rl.engines.vllm import VllmEngine
     from sft.curate_config import CurateRecipe
     from sft.experts import Expert
 
@@ -97,10 +101,8 @@ def busy(arguments: argparse.Namespace) -> None:
             "benchmark",
         )
         expert = Expert(recipe, recipe.experts[0])
-        spec = VllmSpec(
-            "bare", arguments.policy, "float32", expert.max_model_len, arguments.slots, 1, 1, (), 0.85, Path(folder) / "bare.log", False,
-            "cohort_file",
-        )  # fmt: skip
+        log = Path(folder) / "bare.log"
+        spec = VllmEngine("bare", arguments.policy, log_path=log, max_model_len=expert.max_model_len, slots=arguments.slots).spec
         pipe, other = multiprocessing.get_context("spawn").Pipe()
         process = multiprocessing.get_context("spawn").Process(target=bare, args=(other, spec), daemon=True)
         process.start()
@@ -108,20 +110,35 @@ def busy(arguments: argparse.Namespace) -> None:
         rows = []
         for turn in range(arguments.turns):
             ours = curated(recipe, expert, Path(folder) / f"turn-{turn}")
+            cpu = cpu_s(process.pid)
             pipe.send(ours.pop("requests"))
             seconds, tokens = pipe.recv()
+            cpu = cpu_s(process.pid) - cpu
             assert tokens == ours["tokens"], f"they did not sample the same: {tokens} tokens and {ours['tokens']}"
             rates = {"ours_busy": ours["busy_s"], "ours_wall": ours["wall_s"], "generate": seconds}
             row = {"turn": turn, "tokens": tokens, "loading_s": round(ours["loading_s"], 2)}
             row |= {f"{name}_tokens_per_s": round(tokens / s, 1) for name, s in rates.items()}
             row |= {"busy_share": round(seconds / ours["busy_s"], 3), "wall_share": round(seconds / ours["wall_s"], 3)}
+            row |= {"cpu_share": round(cpu / ours["cpu_s"], 3), "other_cpu": round(ours["other_cpu_s"] / ours["cpu_s"], 3)}
             line(row)
             rows.append(row)
         pipe.send(None)
         process.join()
     table(rows, tuple(rows[0]))
-    for name, what in (("busy_share", "engine-busy second"), ("wall_share", "second from the first request to the last score")):
+    whats = {
+        "busy_share": "engine-busy second",
+        "wall_share": "second from the first request to the last score",
+        "cpu_share": "CPU second of the sampling process",
+    }
+    for name, what in whats.items():
         print(f"curation / generate, tokens per {what}: median {statistics.median(row[name] for row in rows):.3f}")
+    print(f"CPU time of all others for one of the sampling process: median {statistics.median(row['other_cpu'] for row in rows):.3f}")
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds of a process so far."""
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
 
 
 def curated(recipe: Any, expert: Any, folder: Path) -> dict[str, Any]:
@@ -134,25 +151,41 @@ def curated(recipe: Any, expert: Any, folder: Path) -> dict[str, Any]:
     folder.mkdir()
     asked: list[Any] = []
     first: list[float] = []
-    submit = RolloutPool.submit
+    cpu: list[dict[int, float]] = []
+    engines: list[int] = []
+    submit, close = RolloutPool.submit, RolloutPool.close
+
+    def now() -> None:
+        us = psutil.Process()
+        cpu.append({process.pid: cpu_s(process.pid) for process in (us, *us.children(recursive=True))})
 
     def noting(pool: Any, requests: Any) -> None:
-        first.append(time.perf_counter())
+        if not first:
+            engines.append(pool.engines[0].pid)
+            now()
+            first.append(time.perf_counter())
         asked.extend(requests)
         submit(pool, requests)
 
-    RolloutPool.submit = noting  # type: ignore[method-assign]
+    def noting_close(pool: Any) -> None:
+        now()
+        close(pool)
+
+    RolloutPool.submit, RolloutPool.close = noting, noting_close  # type: ignore[method-assign]
     try:
         with Journal(folder / "journal.sqlite") as journal, Scorer(recipe.rewards) as scorer:
             sampler = Sampler(journal, scorer, folder, 1.0, print)
             assert sampler.run([expert], 1)
             ended = time.perf_counter()
     finally:
-        RolloutPool.submit = submit  # type: ignore[method-assign]
+        RolloutPool.submit, RolloutPool.close = submit, close  # type: ignore[method-assign]
     spent = sampler.spent["expert"]
     wall = sampler.scored_at - first[0]
     assert ended >= sampler.scored_at
-    return {"requests": asked, "tokens": spent.tokens, "busy_s": spent.busy_s, "loading_s": spent.loading_s, "wall_s": wall}
+    taken = {pid: seconds - cpu[0].get(pid, 0.0) for pid, seconds in cpu[-1].items()}
+    sampling = taken.pop(engines[0])
+    clocks = {"busy_s": spent.busy_s, "loading_s": spent.loading_s, "wall_s": wall, "cpu_s": sampling, "other_cpu_s": sum(taken.values())}
+    return {"requests": asked, "tokens": spent.tokens, **clocks}
 
 
 def bare(pipe: Connection, spec: Any) -> None:
