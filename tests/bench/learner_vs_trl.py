@@ -48,7 +48,7 @@ CASES = {
     "short": Case(prompt=16, median=16),
 }
 ROWS = 8
-"""Rows of a pass of trl's: the fastest of 4, 8, 16 and 32 in case `base`."""
+"""Rows of a pass of trl's: the fastest of 8, 16 and 32 in case `base`."""
 COLUMNS = (
     "case", "ratio_stock", "ratio_compact", "ratio_stock_vllm", "ratio_compact_vllm", "mem_ratio", "mem_ratio_compact",
     "grad_rel", "zero_gain",
