@@ -15,7 +15,7 @@ AGAIN = 75
 
 
 def command_line(module: str, description: str) -> argparse.ArgumentParser:
-    """Recipe, overrides and --dry-run; a command adds what is its own."""
+    """Recipe, overrides and --dry-run; a command adds what is its own. To be read with `parse_intermixed_args`: options stand anywhere."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("recipe", help="YAML file, such as recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe")

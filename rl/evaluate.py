@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def main() -> int:
     parser = command_line("rl.evaluate", "pass@1, pass@k and maj@k of a policy.")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also writes the numbers as JSON")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     try:
         recipe = read_recipe(arguments.recipe, arguments.overrides, TrainRecipe)
         if arguments.out is not None and not arguments.out.absolute().parent.is_dir():

@@ -45,7 +45,7 @@ def train(recipe: TrainRecipe, run: "Run") -> dict[str, Any]:
 
 def main() -> int:
     parser = command_line("rl.train", "GRPO without a critic, from a recipe.")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     try:
         recipe = read_recipe(arguments.recipe, arguments.overrides, TrainRecipe)
         folder = RunFolder(recipe.run.output_dir, recipe.run.name, recipe, FREE)

@@ -25,7 +25,7 @@ from sft.curate_config import FREE, CurateRecipe
 
 
 def main() -> int:
-    arguments = command_line("sft.curate", "Rejection sampling from experts, into SFT data.").parse_args()
+    arguments = command_line("sft.curate", "Rejection sampling from experts, into SFT data.").parse_intermixed_args()
     try:
         recipe = read_recipe(arguments.recipe, arguments.overrides, CurateRecipe)
         folder = RunFolder(recipe.run.output_dir, recipe.run.name, recipe, FREE)

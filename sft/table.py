@@ -83,7 +83,7 @@ class TableRecipe(Section):
 
 
 def main() -> int:
-    arguments = command_line("sft.table", "Several policies on several sets of held-out prompts.").parse_args()
+    arguments = command_line("sft.table", "Several policies on several sets of held-out prompts.").parse_intermixed_args()
     try:
         recipe = read_recipe(arguments.recipe, arguments.overrides, TableRecipe)
         folder = RunFolder(

@@ -28,7 +28,7 @@ FREE = ("checkpoint",)
 
 def main() -> int:
     """Returns the exit code: 0 done, 2 a mistake in recipe or inputs, 75 asked to end."""
-    arguments = command_line("sft.train", "Supervised fine-tuning, from a recipe.").parse_args()
+    arguments = command_line("sft.train", "Supervised fine-tuning, from a recipe.").parse_intermixed_args()
     try:
         recipe = read_recipe(arguments.recipe, arguments.overrides, SftRecipe)
         folder = RunFolder(recipe.run.output_dir, recipe.run.name, recipe, FREE)

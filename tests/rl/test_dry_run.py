@@ -292,3 +292,13 @@ def test_the_shared_memory_of_weight_updates_is_the_policy_in_its_precision(fres
         said = capsys.readouterr().out
         assert f"{there}; {verdict}" in said and f"/dev/shm has {free / GB:.2f} GB" in said
         assert ("enlarge /dev/shm" in said) == (free == total)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_an_option_may_stand_before_between_and_after_overrides(place: int, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    arguments = ["recipes/gsm8k_8gpu.yaml", "learner.steps=3", "run.seed=9"]
+    arguments.insert(place + 1, "--dry-run")
+    monkeypatch.setattr(sys, "argv", ["command", *arguments])
+    assert rl.train.main() == 0
+    said = capsys.readouterr().out
+    assert "steps: 3\n" in said and "seed: 9\n" in said
