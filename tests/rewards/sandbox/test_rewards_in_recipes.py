@@ -1,5 +1,6 @@
 """`code_tests` and `command_check` as a recipe names them: in their workers, through `rewards.score`, with details and mistakes."""
 
+import functools
 import json
 import os
 import shutil
@@ -140,8 +141,12 @@ def test_scoring_that_is_stopped_leaves_no_program(number, tmp_path):
     )
     command = [sys.executable, "-m", "rewards.score", "--recipe", "recipe.yaml", "--in", "rows.jsonl", "--out", "scored.jsonl"]
     env = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
-    with subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.DEVNULL) as scoring:
-        assert wait_until(lambda: len(processes_with(mark)) == 3, 20.0), processes_with(mark)
-        scoring.send_signal(number)
-        assert wait_until(lambda: not processes_with(mark), 10.0), processes_with(mark)
-        scoring.kill()
+    # A shell's background jobs, such as a test run of one, ignore Ctrl-C, and so would their children.
+    hears_ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.DEVNULL, preexec_fn=hears_ctrl_c) as scoring:
+        try:
+            assert wait_until(lambda: len(processes_with(mark)) == 3, 20.0), processes_with(mark)
+            scoring.send_signal(number)
+            assert wait_until(lambda: not processes_with(mark), 10.0), processes_with(mark)
+        finally:
+            scoring.kill()
