@@ -78,20 +78,26 @@ def attach(model: PreTrainedModel, seed: int | None = None) -> MtpLayer:
     return layer
 
 
+def in_files(folder: Path, config: Any) -> bool:
+    """Whether a checkpoint has a module. transformers drops it when it saves, and keeps the number in the config."""
+    if config.model_type != "deepseek_v3" or not getattr(config, "num_nextn_predict_layers", 0):
+        return False
+    return any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in Fp8Files(folder).names())
+
+
 def load_mtp(model: PreTrainedModel, folder: Path) -> None:
     """Attaches the module of a checkpoint and fills it, if the checkpoint has one.
 
     InputError if the config names one and a tensor of it is missing or has another shape.
     """
-    if model.config.model_type != "deepseek_v3" or not getattr(model.config, "num_nextn_predict_layers", 0):
+    if not in_files(folder, model.config):
+        if getattr(model.config, "num_nextn_predict_layers", 0):
+            model.config.num_nextn_predict_layers = 0
         return
     if model.config.num_nextn_predict_layers > 1:
         raise InputError(f"policy.path: '{folder}' predicts {model.config.num_nextn_predict_layers} tokens ahead; one is supported")
     prefix = f"model.layers.{model.config.num_hidden_layers}."
     found = dict(_tensors(folder, prefix))
-    if not found:  # saved by transformers, which dropped the module and kept the number
-        model.config.num_nextn_predict_layers = 0
-        return
     layer = attach(model)
     for name, tensor in layer.state_dict(keep_vars=True).items():
         for inner, view in expert_views(name, tensor.detach()):

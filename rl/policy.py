@@ -244,6 +244,8 @@ def save_policy(
         total += tensor.nbytes
     _write_shard(folder, len(shards) - 1, shards[-1])
     _name_shards(folder, len(shards), index, total)
+    if not model.config.architectures:  # a model made from a config has none until it saves itself
+        model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     complete_config(folder, model, codes=codes and not has_adapter(model))
     model.generation_config.save_pretrained(folder)

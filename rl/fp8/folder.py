@@ -17,6 +17,7 @@ from rl.fp8.convert import REST, convert
 from rl.fp8.files import Fp8Files, is_block_fp8
 from rl.fp8.layout import SCALE, coded
 from rl.fp8.quantize import SQUARE, quantize
+from rl.mtp import attach, in_files, repeated
 from rl.policy import load_tokenizer, plain_config, save_policy
 
 
@@ -49,6 +50,8 @@ def _write(source: Path, target: Path, config: Fp8Config | None, rest: str, *, m
 def _empty_model(source: Path) -> PreTrainedModel:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(plain_config(source), dtype=torch.float32, trust_remote_code=False)
+        if in_files(source, model.config):
+            attach(model)
     if (source / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source)
     return model
@@ -60,9 +63,10 @@ def _tensors(
     files = Fp8Files(source)
     buffers = dict(model.named_buffers())
     known = weights | {inner for name, p in model.state_dict().items() for inner, _ in expert_views(name, p)}
+    known |= {name for name, _ in repeated(model)}
     for name in files.names():
         if name not in known:
-            continue  # transformers ignores it too, as DeepSeek-V3's layer for predicting a second token
+            continue  # transformers ignores it too
         if name not in weights:
             yield name, files.tensor(name).to(buffers[name].dtype if name in buffers else rest)
             continue

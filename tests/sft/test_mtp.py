@@ -1,5 +1,6 @@
 """The multi-token prediction module in SFT: its loss packed is its loss row by row, and what is saved is what was trained."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,22 @@ def test_the_trained_module_is_saved_in_the_published_names_and_learns(tmp_path)
     assert torch.equal(mtp_layer(again).eh_proj.weight, saved["model.layers.2.eh_proj.weight"])
     rows = [float(line.split('"mtp_loss": ')[1].split(",")[0].rstrip("}\n")) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert rows[-1] < 0.5 * rows[0]
+
+
+def test_a_policy_made_from_a_config_says_what_it_is(tmp_path):
+    values = json.loads((tiny_deepseek_v3(tmp_path / "policy", seed=3) / "config.json").read_text())
+    init = {
+        name: values[name]
+        for name in values
+        if name not in ("architectures", "vocab_size", "pad_token_id", "eos_token_id", "bos_token_id", "dtype")
+    }
+    made = recipe_of(tmp_path / "policy").model_dump() | {"policy": {"init": init, "tokenizer": "characters"}}
+    recipe = parse(made, SftRecipe, "test")
+    policy = load_policy(recipe)
+    train(recipe, policy, token_rows(recipe, policy, ROWS), tmp_path / "run")
+    said = json.loads((tmp_path / "run" / "final" / "config.json").read_text())
+    assert said["architectures"] == ["DeepseekV3ForCausalLM"], "vLLM chooses the model by it"
+    assert said["num_nextn_predict_layers"] == 1
 
 
 def test_without_a_weight_a_module_stays_as_it_is(tmp_path):
