@@ -92,7 +92,8 @@ class RolloutConfig(Section):
     slots: int = Field(128, ge=1)
     """Completions an engine decodes at once (vLLM's max_num_seqs)."""
     weights: Literal["file", "nccl"] = "file"
-    """How weights reach vLLM engines. file: shared memory, which an engine that died is brought back from; nccl: GPU to GPU."""
+    """How weights reach vLLM engines. file: shared memory, which an engine that died is brought back from; nccl: GPU to
+    GPU, keeps no copy, and an engine that dies ends the run. It has not run on a GPU."""
     gpu_memory_utilization: float = Field(0.85, gt=0.0, lt=1.0)
     """Share of a GPU that a vLLM engine takes; not used on CPU."""
     stall_s: float = Field(60.0, gt=0.0)
