@@ -79,7 +79,7 @@ class Use:
 
 
 class Journal:
-    """A context manager; one writer, used by one thread. With `read_only` it reads beside the writer, or after its death."""
+    """A context manager; one writer, used by one thread at a time. With `read_only` it reads beside the writer, or after its death."""
 
     def __init__(self, path: str | Path, read_only: bool = False):
         """Opens or makes the journal; InputError if it is damaged, foreign, missing (read_only) or another process writes it."""

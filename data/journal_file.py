@@ -75,7 +75,8 @@ def open_database(path: Path, read_only: bool) -> sqlite3.Connection:
     uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
     with ExitStack() as on_error:
         try:
-            database = sqlite3.connect(uri, uri=True, isolation_level=None)
+            # One thread at a time, which is for its user to see to (`GroupStream.lock`).
+            database = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
             on_error.callback(database.close)
             _check(database, path, read_only)
         except sqlite3.DatabaseError as error:

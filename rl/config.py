@@ -4,6 +4,7 @@
 version does not have are refused by name, never ignored.
 """
 
+import math
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -104,7 +105,13 @@ class RolloutConfig(Section):
     resample_zero_groups: bool = False
     """Take further prompts for groups whose rewards are all equal (DAPO's dynamic sampling, arXiv:2503.14476), within max_resamples."""
     max_staleness: int = Field(0, ge=0)
-    """Versions that a group may be older than the weights it trains; 0 is on-policy."""
+    """Versions that a group may be older than the weights it trains, by its oldest token. 0 is on-policy: engines wait while the
+    learner learns; above 0 they sample ahead."""
+    in_flight: bool = False
+    """Engines take new weights in the middle of completions, which go on from there; otherwise they finish what they have first."""
+    oversample: float = Field(0.0, ge=0.0)
+    """Share of prompts_per_step that is started beyond what a step takes: those that are ready first are trained, the slowest go on
+    into the next step as under `in_flight`. At most max_staleness; 0: a step takes prompts in their order and waits for the slowest."""
     placement: Literal["split", "colocate", "ray"] = "split"
     """split: engines on GPUs (or cores) of their own."""
     tensor_parallel: int = Field(1, ge=1)
@@ -118,9 +125,23 @@ class RolloutConfig(Section):
                 f"top_p {self.top_p:g} and top_k {self.top_k} truncate what the engine samples from, while the learner's "
                 "ratio is over the whole softmax; training takes top_p 1 and top_k 0"
             )
-        if self.max_staleness > 0:
-            raise ValueError(f"max_staleness {self.max_staleness}: this version samples on-policy, with 0")
         return self
+
+    @model_validator(mode="after")
+    def _ahead(self) -> "RolloutConfig":
+        if self.in_flight and self.max_staleness == 0:
+            raise ValueError("in_flight true: completions then have tokens of older weights; set max_staleness to 1 or more")
+        if self.oversample > self.max_staleness:
+            raise ValueError(
+                f"oversample {self.oversample:g} puts completions off for longer than max_staleness {self.max_staleness} allows; "
+                f"raise max_staleness to {math.ceil(self.oversample)} or more, or lower oversample"
+            )
+        return self
+
+    @property
+    def interrupts(self) -> bool:
+        """Whether completions go on under new weights."""
+        return self.in_flight or self.oversample > 0.0
 
     @model_validator(mode="after")
     def _nccl_needs_vllm(self) -> "RolloutConfig":

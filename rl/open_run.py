@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +26,7 @@ from data.recipe import InputError
 from data.values import Prompt
 from rewards.alarms import Alarms
 from rewards.scorer import Scorer
+from rl.ahead import AheadStream, Pump
 from rl.checkpoint import check_room, full_disk_named
 from rl.config import TrainRecipe
 from rl.engines.make import check_engines, make_engines
@@ -117,9 +119,12 @@ def _open(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks, stack: ExitStack
     run.stream = SharedStream(ranks, stream)
     run.sync = _sync(run, manifest)
     stack.callback(run.sync.close)
-    if ranks.main:
+    if stream is not None:
+        run.sync.standing_still = stream.standing_still
         run.pool.catch_up = run.sync.replay
     _restore(run)
+    if isinstance(stream, AheadStream):
+        stack.enter_context(Pump(stream))
     _watch_signals(run, stack)
     return run
 
@@ -256,11 +261,11 @@ def _open_rollouts(run: Run, source: Path, prompts: PromptSet, max_model_len: in
     returns_routes = recipe.loss.replay == "rollout"
     engines = make_engines(recipe.rollout, recipe.policy, source, max_model_len, folder / "logs", returns_routes=returns_routes)
     run.pool = stack.enter_context(RolloutPool(engines, stall_s=recipe.rollout.stall_s, say=run.display.say))
-    stream = GroupStream(
-        PromptStream(prompts.prompts, recipe.run.seed), run.pool, run.scorer, run.journal, run.tokenizer, recipe.rollout,
-        run=recipe.run.name, seed=recipe.run.seed, max_error_rate=recipe.rewards.max_error_rate,
-    )  # fmt: skip
-    return stream
+    parts = (PromptStream(prompts.prompts, recipe.run.seed), run.pool, run.scorer, run.journal, run.tokenizer, recipe.rollout)
+    named: dict[str, Any] = {"run": recipe.run.name, "seed": recipe.run.seed, "max_error_rate": recipe.rewards.max_error_rate}
+    if recipe.rollout.max_staleness:
+        return AheadStream(*parts, **named, steps=recipe.learner.steps)
+    return GroupStream(*parts, **named)
 
 
 def _restore(run: Run) -> None:
@@ -270,9 +275,7 @@ def _restore(run: Run) -> None:
     run.learner.updates = state.get("updates", 0)
     run.learner.optim.steps = state.get("optimizer_steps", 0)
     if run.ranks.main:
-        stream = run.stream.stream
-        stream.step = run.start
-        stream.prompts.position = state.get("position", 0)
+        run.stream.stream.restore(run.start, state)
         run.seconds_before = state.get("seconds", 0.0)
         run.alarms = Alarms([part.key for part in run.recipe.rewards.shadow], state.get("alarms"))
         run.metrics.cut(run.start if run.start else -1)

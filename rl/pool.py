@@ -14,8 +14,9 @@ and again without finishing anything, or a completion that is there at every dea
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
@@ -47,6 +48,7 @@ class RolloutPool:
         """Completions asked for and not handed out, by id, and how many deaths have undone them."""
         self._groups: dict[str, Sequence[Request]] = {}
         """All requests of the groups in work, where engines take whole groups."""
+        self._held = False
         self._stall_s = stall_s
         self._say = say
         self._restarts = self._reasked = self._lost_tokens = 0
@@ -71,6 +73,39 @@ class RolloutPool:
     def open(self) -> int:
         """Completions asked for and not yet handed out."""
         return len(self._wanted)
+
+    @property
+    def running(self) -> int:
+        """Completions that engines have and not yet handed out."""
+        return sum(len(seat.running) for seat in self._seats)
+
+    def hold(self) -> None:
+        """Gives engines nothing more until `release`; who goes on polling sees them become idle."""
+        self._held = True
+
+    def release(self) -> None:
+        self._held = False
+        self._feed()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Engines stand still within, between two tokens of what they have in work."""
+        self._each(Engine.pause)
+        try:
+            yield
+        finally:
+            self._each(Engine.resume)
+
+    def _each(self, call: Callable[[Engine], None]) -> None:
+        """Calls all engines that are up, side by side."""
+
+        def call_if_alive(engine: Engine) -> None:
+            with suppress(EngineDead):  # its death is in the mail
+                call(engine)
+
+        up = [seat.engine for seat in self._seats if seat.up]
+        with ThreadPoolExecutor(len(self._seats)) as threads:
+            list(threads.map(call_if_alive, up))
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Asks for completions of one group."""
@@ -123,7 +158,7 @@ class RolloutPool:
     def _feed(self) -> None:
         """Keeps engines over their slots, so that one never waits for a message from here: by a quarter, and by as much again as it
         has slots where that leaves as much for all (completions that began together end together, more than a quarter in one step)."""
-        while self.waiting:
+        while self.waiting and not self._held:
             seat, room = self._place(self.waiting[0])
             if seat is None or room <= 0:
                 return

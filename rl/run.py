@@ -84,10 +84,11 @@ class Run:
 
     def _write_step(self, done: int, row: dict[str, float], taken_s: float) -> None:
         stream = self.stream.stream
-        groups = stream.handed
-        ended = stream.end_step(self.learner.watch.taught)
-        if self.recipe.log.completions:
-            self._write_completions(done, groups, ended)
+        with stream.lock:
+            groups = stream.handed
+            ended = stream.end_step(self.learner.watch.taught)
+            if self.recipe.log.completions:
+                self._write_completions(done, groups, ended)
         row = {"step": done} | stream.numbers | row | self.sync.metrics()
         row["time/learn_s"] = taken_s - sum(row[f"time/{phase}_s"] for phase in ("rollout", "reward", "sync"))
         row["tokens/wasted"] = row["tokens/sampled"] - row["tokens/trained"]
@@ -116,11 +117,13 @@ class Run:
         state: dict[str, Any] = {"step": done, "updates": self.learner.updates, "optimizer_steps": self.learner.optim.steps}
         if self.ranks.main:
             state["seconds"] = self.seconds_before + time.perf_counter() - self.began
-            state |= {"position": self.stream.stream.prompts.position, "alarms": self.alarms.state()}
-            self.journal.flush()
+            with self.stream.stream.lock:
+                state |= self.stream.stream.state() | {"alarms": self.alarms.state()}
+                self.journal.flush()
         self.checkpoints.save(done, self.learner, self.tokenizer, state)
         if self.ranks.main:
-            self.journal.contain(done, oldest=self.checkpoints.steps()[0])
+            with self.stream.stream.lock:
+                self.journal.contain(done, oldest=self.checkpoints.steps()[0])
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -137,10 +140,11 @@ class Run:
     def _evaluate(self, samples: int, temperature: float, label: str) -> Evaluation:
         max_tokens = self.recipe.eval.max_tokens or self.recipe.rollout.max_tokens
         sampling = Sampling(max_tokens, temperature, tuple(self.recipe.rollout.stop))
-        return evaluate(
-            self.pool, self.scorer, self.held_out, self.tokenizer, sampling,
-            samples=samples, part=judge_of(self.recipe), label=f"{self.recipe.run.name}/{label}", seed=self.recipe.run.seed,
-        )  # fmt: skip
+        with self.stream.stream.quiet():
+            return evaluate(
+                self.pool, self.scorer, self.held_out, self.tokenizer, sampling,
+                samples=samples, part=judge_of(self.recipe), label=f"{self.recipe.run.name}/{label}", seed=self.recipe.run.seed,
+            )  # fmt: skip
 
     # --- beginning and end --------------------------------------------------------------------------------------------
 

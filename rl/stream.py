@@ -3,12 +3,17 @@
 It asks the pool for completions, scores a group as soon as it is complete, asks again for what failed, and hands groups over in the
 order of the prompts, whatever the order in which they got ready. Each stage of a group is written to the journal before the next
 begins, so what the journal holds is never sampled or scored again: a resumed run walks the same way and finds its work done.
+
+This one is synchronous: it samples for a step when the step asks. The one that samples ahead is in `rl/ahead.py`.
 """
 
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -117,6 +122,8 @@ class GroupStream:
         """Other groups that were sampled for it."""
         self.numbers: dict[str, float] = {}
         """What the step says of itself."""
+        self.lock = threading.RLock()
+        """Held by whoever uses this stream, its pool, scorer or journal, where another thread may too."""
 
     def next(self, count: int) -> list[Group]:
         """Groups of the next `count` prompts, sampled and scored, in the order of the prompts.
@@ -181,6 +188,25 @@ class GroupStream:
         self.handed, self.dropped = [], []
         self.step += 1
         return ended
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream stands between two steps, as JSON for a checkpoint."""
+        return {"position": self.prompts.position}
+
+    def restore(self, step: int, state: Mapping[str, Any]) -> None:
+        """Goes on before `step` from what a checkpoint holds; of an empty state, from the start."""
+        self.step = step
+        self.prompts.position = state.get("position", 0)
+
+    @contextmanager
+    def standing_still(self, version: int) -> Iterator[None]:
+        """Engines can be updated to `version` within: they are idle between two steps."""
+        yield
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """The pool and the scorer have nothing to do within, and can be used for something else."""
+        yield
 
     def text(self, completion: Completion) -> str:
         """What the completion says, as reward functions and people read it."""
@@ -260,12 +286,16 @@ class GroupStream:
         self._check_errors(now)
         attempt = begun.attempt
         completions = tuple(begun.done[index] for index in range(attempt.size))
-        now.tokens += sum(int(c.mask.sum()) for c in completions)
+        now.tokens += sum(sampled_tokens(c) for c in completions)
         group = Group(attempt.group_id, begun.prompt, attempt.attempt, completions, tuple(scores))
-        if sum(score.value is not None for score in scores) < 2:
-            self._drop(attempt.slot.position, group, FAILED, now)
+        self._finished(attempt.slot, group, now)
+
+    def _finished(self, slot: Slot, group: Group, now: _Step) -> None:
+        """Takes a group that is sampled and scored."""
+        if has_failed(group):
+            self._drop(slot.position, group, FAILED, now)
         else:
-            now.groups[attempt.slot.position] = group
+            now.groups[slot.position] = group
 
     # --- what a step says of itself -----------------------------------------------------------------------------------
 
@@ -280,14 +310,23 @@ class GroupStream:
 
     def _count(self, now: _Step) -> dict[str, float]:
         numbers = means_of_logged(now.logged)  # first, so that no name given to `log_metric` hides one of ours
-        completions = (len(self.handed) + len(self.dropped)) * self.config.group_size
         numbers |= self.scorer.metrics() | group_metrics(self.handed) | self.pool.metrics()
-        numbers |= length_bias(self.handed, now.tokens, completions)
+        numbers |= length_bias(self.handed, now.tokens, len(now.scores))
         return numbers | {
             "tokens/sampled": now.tokens,
             "time/rollout_s": now.rollout_s,
             "time/reward_s": now.reward_s,
         }
+
+
+def has_failed(group: Group) -> bool:
+    """Whether too few completions have a value for one to be better than another."""
+    return sum(score.value is not None for score in group.scores) < 2
+
+
+def sampled_tokens(completion: Completion) -> int:
+    """Tokens that the policy wrote."""
+    return int(completion.mask.sum())
 
 
 def _end(group: Group, taught: Mapping[str, Collection[int]]) -> Ended:

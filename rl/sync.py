@@ -2,7 +2,8 @@
 
 Writing comes before sending: the learner exports into the weight file, layer by layer and never the whole model at once, while
 engines may still sample; the file is checked to hold exactly the policy's tensors; only then do the engines load it, all side by
-side. So a bad export reaches no engine, and an engine stands still no longer than its own copy takes.
+side. So a bad export reaches no engine, and an engine stands still no longer than its own copy takes. Where engines sample ahead of
+the learner, the stream says how they come to stand still (`standing_still`).
 
 The file keeps the update. An engine that is down, or dies of it, is passed over: the pool starts it again, at its first weights, and
 `replay` brings it to the last ones, whatever became of the update in which it was lost. A push and a replay wait for one another.
@@ -12,9 +13,9 @@ Engines share the learner's machine. Between its GPUs, `rl.engines.nccl.NcclSync
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
 from rl.engines.base import Engine, EngineDead
@@ -29,8 +30,14 @@ class SyncStats:
     bytes: int
     write_s: float
     """The learner's export and the copy into the file."""
+    wait_s: float
+    """Until the engines stood still."""
     load_s: float
     """From the file into all engines that live."""
+
+    def metrics(self) -> dict[str, float]:
+        """As numbers of a step."""
+        return {"sync/bytes": self.bytes, "time/sync_s": self.write_s + self.wait_s + self.load_s}
 
 
 class WeightSync:
@@ -44,10 +51,12 @@ class WeightSync:
         """Of the last update; 0 before the first."""
         self.stats: SyncStats | None = None
         """Of the last push, on rank 0."""
+        self.standing_still: Callable[[int], AbstractContextManager[None]] = lambda version: nullcontext()
+        """Stops what engines sample while they load this version; where they sample ahead of the learner, the stream's."""
         self._file_in_use = threading.Lock()
 
     def push(self, learner: Exporter, version: int) -> None:
-        """Every engine samples its next token from the learner's weights; they must be idle or paused. Collective over ranks.
+        """Every engine samples its next token from the learner's weights; `standing_still` makes them idle or paused. Collective.
 
         Raises WeightMismatch before any engine is touched.
         """
@@ -59,18 +68,19 @@ class WeightSync:
         with self._file_in_use:
             self.file.write(learner.export())
             self.version = version
-            written = time.perf_counter()
-            if self.engines:
-                with ThreadPoolExecutor(len(self.engines)) as threads:
-                    loads = [threads.submit(self._load_if_alive, engine) for engine in self.engines]
+        written = time.perf_counter()
+        with self.standing_still(version):
+            still = time.perf_counter()
+            with self._file_in_use, ThreadPoolExecutor(max(1, len(self.engines))) as threads:
+                loads = [threads.submit(self._load_if_alive, engine) for engine in self.engines]
                 for load in loads:
                     load.result()
-        self.stats = SyncStats(version, self.file.bytes, written - began, time.perf_counter() - written)
+        self.stats = SyncStats(version, self.file.bytes, written - began, still - written, time.perf_counter() - still)
 
     def metrics(self) -> dict[str, float]:
         """The last push as numbers of a step."""
         assert self.stats is not None, "no push yet"
-        return {"sync/bytes": self.stats.bytes, "time/sync_s": self.stats.write_s + self.stats.load_s}
+        return self.stats.metrics()
 
     def replay(self, engine: Engine) -> None:
         """Brings an engine that has just started to the last update, from any thread; before the first there is nothing to do."""

@@ -270,9 +270,14 @@ def a_placement_that_is_not_there_yet(inputs):
     inputs.set("rollout.placement=ray")
 
 
-@bad("max_staleness 1", "with 0", early=True)
-def a_staleness_that_is_not_there_yet(inputs):
-    inputs.set("rollout.max_staleness=1")
+@bad("in_flight true", "set max_staleness to 1", early=True)
+def updates_in_flight_that_have_to_be_on_policy(inputs):
+    inputs.set("rollout.in_flight=true")
+
+
+@bad("oversample 0.5", "max_staleness 0", "raise max_staleness to 1", early=True)
+def completions_put_off_that_have_to_be_on_policy(inputs):
+    inputs.set("rollout.oversample=0.5")
 
 
 @bad("prompts.task", "no task named 'arithmetics'", "did you mean 'arithmetic'?", early=True)

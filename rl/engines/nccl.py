@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from rl.engines.base import Engine, EngineDead
@@ -30,6 +31,8 @@ class NcclSync:
         self.ranks = ranks
         self.version = 0
         self.stats: SyncStats | None = None
+        self.standing_still: Callable[[int], AbstractContextManager[None]] = lambda version: nullcontext()
+        """As WeightSync's."""
         self._sender: NcclSender | None = None
 
     def push(self, learner: Exporter, version: int) -> None:
@@ -43,14 +46,16 @@ class NcclSync:
 
             # Engines are processes of this machine.
             self._sender = NcclSender(self.engines, learner, self.manifest, rank=self.ranks.rank, address="127.0.0.1", port=free_port())
-        self._sender.push(version)
+        with self.standing_still(version):
+            still = time.perf_counter()
+            self._sender.push(version)
         self.version = version
-        self.stats = SyncStats(version, sum(map(size_of, self.manifest.values())), 0.0, time.perf_counter() - began)
+        self.stats = SyncStats(version, sum(map(size_of, self.manifest.values())), 0.0, still - began, time.perf_counter() - still)
 
     def metrics(self) -> dict[str, float]:
         """The last push as numbers of a step."""
         assert self.stats is not None, "no push yet"
-        return {"sync/bytes": self.stats.bytes, "time/sync_s": self.stats.load_s}
+        return self.stats.metrics()
 
     def replay(self, engine: Engine) -> None:
         """Before the first push there is nothing to bring; after it nothing is left that could be brought."""
