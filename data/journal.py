@@ -239,6 +239,16 @@ class Journal:
 
     # --- Uses and checkpoints -----------------------------------------------------------------------------------------
 
+    def unused(self, run: str) -> list[str]:
+        """Groups of a run that were begun and have no live use."""
+        live = "SELECT 1 FROM use WHERE use.attempt = attempt.key AND void IS NULL"
+        return [row[0] for row in self._db.execute(f"SELECT group_id FROM attempt WHERE run = ? AND NOT EXISTS ({live})", (run,))]
+
+    def is_used(self, group: str) -> bool:
+        """Whether a group has a live use."""
+        query = "SELECT 1 FROM use WHERE attempt = ? AND void IS NULL"
+        return self._db.execute(query, (self._key(group),)).fetchone() is not None
+
     def use(self, group: str, step: int, reason: str, taught: Collection[int] | None = None) -> None:
         """Ends a group: trained in this step, or dropped in it for a reason. The same again changes nothing.
 

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from data.journal import Slot
-from data.journal_sums import FAILED, STALE, ZERO_ADVANTAGE
+from data.journal_sums import ABORTED, FAILED, STALE, ZERO_ADVANTAGE
 from data.values import Group, Prompt
 from rl.metrics import teaches
 from rl.stream import POLL_S, Ended, GroupStream, RunStopped, _Begun, _Step, has_failed, sampled_tokens
@@ -103,12 +103,16 @@ class AheadStream(GroupStream):
     def _choose(self, count: int) -> list[int] | None:
         """Positions that this step takes; None while it has to wait."""
         self._drop_stale()
-        due = [n for n, place in self._places.items() if place.version + self.config.max_staleness <= self.step][:count]
+        due = self._due(count)
         if any(self._places[n].group is None for n in due):
             return None
         near = set(list(self._places)[: math.ceil(count * (1.0 + self.config.oversample))])
         taken = due + [n for n in self._ready if n in near and n not in due]
         return taken[:count] if len(taken) >= count else None
+
+    def _due(self, count: int) -> list[int]:
+        """Positions of groups that would be too old for the next step."""
+        return [n for n, place in self._places.items() if place.version + self.config.max_staleness <= self.step][:count]
 
     def _hand_over(self, taken: Collection[int]) -> None:
         groups = [self._places.pop(n).group for n in sorted(taken)]
@@ -150,7 +154,12 @@ class AheadStream(GroupStream):
         with self.lock:
             self.dropped = [self._now.dropped[slot] for slot in sorted(self._now.dropped)]
             self._now.dropped = {}
-            ended = super().end_step(taught)
+            with self.journal.transaction():
+                last = self.step + 1 == self.steps
+                ended = super().end_step(taught)
+                for group_id in self.journal.unused(self.run) if last else ():
+                    # Begun after a checkpoint that the run went back to, at a place where it then began no other.
+                    self.journal.use(group_id, self.step - 1, ABORTED)
             # Of what ended here: what was sampled for later steps is counted there.
             self.numbers["tokens/sampled"] = sum(sampled_tokens(c) for end in ended for c in end.group.completions)
             self._handed_over = False
@@ -185,6 +194,9 @@ class AheadStream(GroupStream):
             return
         attempts = self.journal.begin([place.slot for place in places], self.config.group_size, self.version, self.step)
         for place, attempt in zip(places, attempts, strict=True):
+            if self.journal.is_used(attempt.group_id):  # when a run ended here that was to be shorter
+                self._again(place)
+                continue
             place.begun, place.version = True, self.version
             self._ask(_Begun(attempt, place.prompt), self._now)
 

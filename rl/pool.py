@@ -90,11 +90,11 @@ class RolloutPool:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Engines stand still within, between two tokens of what they have in work."""
-        self._each(Engine.pause)
+        self._each(lambda engine: engine.pause())
         try:
             yield
         finally:
-            self._each(Engine.resume)
+            self._each(lambda engine: engine.resume())
 
     def _each(self, call: Callable[[Engine], None]) -> None:
         """Calls all engines that are up, side by side."""

@@ -2,12 +2,15 @@
 
 GroupStream, RolloutPool and Journal are the real ones; engines, reward functions and learner are tables that answer at random
 moments, always the same for the same completion. A death of the run is an exception at any call of the journal, before it or after
-it, or while completions are waited for; SQLite undoes an open transaction as it would after kill -9. A run ends as one that nothing
-disturbed: the same groups in the same steps with the same tokens, each with one end, and sums that close after every transition.
+it, or while completions are waited for; SQLite undoes an open transaction as it would after kill -9. Every group has one end, and sums
+close after every transition. On-policy, a run ends as one that nothing disturbed: the same groups in the same steps with the same
+tokens. Ahead of the learner, time decides what meets in a step; what then has to hold is that every step is full, and that none of its
+tokens is older than `max_staleness` allows or from weights that the run went back behind.
 
     P  prompts a step      G  group size
 """
 
+import json
 import random
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -23,6 +26,7 @@ from data.journal_sums import TRAINED
 from data.prompt_stream import PromptStream
 from data.values import Completion, Group, Prompt, Score
 from rewards.job import ScoreJob
+from rl.ahead import AheadStream
 from rl.config import RolloutConfig
 from rl.engines.base import Died, EngineDead, Finished, Health, Mailbox, Request, WeightChunk
 from rl.metrics import teaches
@@ -45,6 +49,9 @@ class Shape:
     engines: int = 2
     whole_groups: bool = False
     resample_zero_groups: bool = False
+    max_staleness: int = 0
+    in_flight: bool = False
+    oversample: float = 0.0
     every: int = 2
     keep: int = 2
     failures: float = 0.2
@@ -94,10 +101,14 @@ class SimEngine:
         """Nothing finished since its last death; the pool waits before it starts such a one again."""
 
     def start(self, mailbox: Mailbox) -> None:
-        self.mailbox, self.version, self.given = mailbox, 0, []
+        self.mailbox, self.version, self.given, self.paused, self.since = mailbox, 0, [], False, {}
+        self.alive = True
 
     def submit(self, requests: Sequence[Request]) -> None:
+        if not self.alive:
+            raise EngineDead(self.name)
         self.given.extend(requests)
+        self.since |= {request.id: self.version for request in requests}
 
     def finish(self, count: int) -> None:
         """Some of what it was given, in any order; a whole group at once where it takes these."""
@@ -108,22 +119,31 @@ class SimEngine:
             done = [r for r in self.given if r.group_id == first.group_id] if self.whole_groups else [first]
             for request in done:
                 self.given.remove(request)
-                self.mailbox.put(Finished(self.name, completion(request, self.version, self.name)))
+                self.mailbox.put(Finished(self.name, completion(request, self.since.pop(request.id), self.version, self.name)))
                 self.world.note("completion")
                 self.fresh = False
 
     def die(self) -> None:
-        self.given, self.fresh = [], True
+        self.given, self.fresh, self.alive = [], True, False
         self.world.note("death of an engine")
         self.mailbox.put(Died(self.name, "killed\n"))
 
     def abort(self, ids: Sequence[str]) -> None: ...
-    def pause(self) -> None: ...
-    def resume(self) -> None: ...
-    def begin_update(self, version: int) -> None: ...
     def load(self, chunk: WeightChunk) -> None: ...
-    def end_update(self) -> None: ...
     def close(self) -> None: ...
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
+
+    def begin_update(self, version: int) -> None:
+        assert self.paused or not self.given, "an update in the middle of completions"
+        self.next_version = version
+
+    def end_update(self) -> None:
+        self.version = self.next_version
 
     def health(self) -> Health:
         return Health(True, len(self.given), self.version, 0, 0.0)
@@ -132,12 +152,14 @@ class SimEngine:
         return ""
 
 
-def completion(request: Request, version: int, engine: str) -> Completion:
-    rng = np.random.default_rng([request.seed % 2**32, version])
+def completion(request: Request, first: int, last: int, engine: str) -> Completion:
+    """Its first token was written by version `first`, its last by `last`."""
+    rng = np.random.default_rng([request.seed % 2**32, last])
     tokens = int(rng.integers(1, 6))
+    versions = np.linspace(first, last, tokens).astype(np.int32) if tokens > 1 else np.array([last], np.int32)
     return Completion(
         request.prompt_id, request.group_id, request.index, request.attempt, request.seed, rng.integers(0, 99, tokens).astype(np.int32),
-        np.ones(tokens, np.uint8), np.full(tokens, -1.0, np.float32), np.full(tokens, version, np.int32),
+        np.ones(tokens, np.uint8), np.full(tokens, -1.0, np.float32), versions,
         "length" if tokens == 5 else "stop", engine.partition("-")[0],
     )  # fmt: skip
 
@@ -234,7 +256,7 @@ class WatchedJournal(Journal):
 
 def live(world: World, path: Path) -> None:
     """Lives of one run until it has done all its steps."""
-    checkpoints: dict[int, int] = {}
+    checkpoints: dict[int, dict[str, Any]] = {}
     while True:
         if len(checkpoints) > 1 and world.deaths_left and world.rng.random() < 0.25:
             del checkpoints[max(checkpoints)]  # it was damaged
@@ -248,42 +270,62 @@ def live(world: World, path: Path) -> None:
             world.note("another life")
 
 
-def _one_life(world: World, journal: Journal, checkpoints: dict[int, int]) -> None:
-    """From the newest checkpoint to the last step; `checkpoints` are prompt positions by step."""
+def _one_life(world: World, journal: Journal, checkpoints: dict[int, dict[str, Any]]) -> None:
+    """From the newest checkpoint to the last step; `checkpoints` are states of the stream by step."""
     shape = world.shape
     start = max(checkpoints, default=0)
     pool = DrivenPool([SimEngine(f"engine-{n}", world) for n in range(shape.engines)])
     pool.world = world
-    pool.catch_up = lambda engine: sync([engine], stream.step)  # of a pool whose engines live again
-    prompts = PromptStream([Prompt(f"p{n}", "", "", np.array([n], np.int32)) for n in range(shape.prompts)], 0, checkpoints.get(start, 0))
+    pool.catch_up = lambda engine: sync([engine], updated[0])  # of a pool whose engines live again
+    prompts = PromptStream([Prompt(f"p{n}", "", "", np.array([n], np.int32)) for n in range(shape.prompts)], 0)
     config = RolloutConfig(
-        group_size=shape.group_size, max_tokens=5, max_resamples=3, resample_zero_groups=shape.resample_zero_groups, engines=shape.engines
-    )
+        group_size=shape.group_size, max_tokens=5, max_resamples=3, resample_zero_groups=shape.resample_zero_groups, engines=shape.engines,
+        max_staleness=shape.max_staleness, in_flight=shape.in_flight, oversample=shape.oversample,
+    )  # fmt: skip
     scorer: Any = SimScorer(world)
     tokenizer: Any = SimTokenizer()
-    stream = GroupStream(prompts, pool, scorer, journal, tokenizer, config, run="run", seed=0, max_error_rate=1.0)
-    stream.step = start
+    parts = (prompts, pool, scorer, journal, tokenizer, config)
+    named: dict[str, Any] = {"run": "run", "seed": 0, "max_error_rate": 1.0}
+    stream = AheadStream(*parts, **named, steps=shape.steps) if shape.max_staleness else GroupStream(*parts, **named)
+    updated = [start]
     with pool:
         journal.resume(start)
+        stream.restore(start, checkpoints.get(start, {}))
         sync(pool.engines, start)
         for step in range(start, shape.steps):
             groups = stream.next(shape.per_step)
             taught = learn(groups)
             world.note("learning")
+            ahead(world, stream)
             world.may_die()
-            sync(pool.engines, step + 1)
+            with stream.standing_still(step + 1):
+                updated[0] = step + 1
+                sync(pool.engines, step + 1)
             world.note("sync")
+            ahead(world, stream)
             world.may_die()
             world.lineage[step] = [*map(trace, groups), taught, sorted(stream.numbers.items() - times(stream.numbers))]
             stream.end_step(taught)
+            ahead(world, stream)
+            if world.rng.random() < 0.1:
+                with stream.quiet():
+                    assert pool.open == 0 and not scorer.pending, "an evaluation has the engines to itself"
+                    world.note("evaluation")
             if (step + 1) % shape.every == 0 or step + 1 == shape.steps:
                 journal.flush()
                 world.may_die()
-                checkpoints[step + 1] = prompts.position
+                checkpoints[step + 1] = json.loads(json.dumps(stream.state()))
                 for old in sorted(checkpoints)[: -shape.keep]:
                     del checkpoints[old]
                 world.note("checkpoint")
                 journal.contain(step + 1, oldest=min(checkpoints))
+
+
+def ahead(world: World, stream: GroupStream) -> None:
+    """What is made while the learner learns, if anything."""
+    if isinstance(stream, AheadStream):
+        for _ in range(world.rng.randint(0, 12)):
+            stream.turn()
 
 
 def learn(groups: Sequence[Group]) -> dict[str, tuple[int, ...]]:
@@ -302,12 +344,13 @@ def learn(groups: Sequence[Group]) -> dict[str, tuple[int, ...]]:
 
 def sync(engines: Sequence[Any], version: int) -> None:
     for engine in engines:
-        engine.version = version
+        engine.begin_update(version)
+        engine.end_update()
 
 
 def trace(group: Group) -> tuple[Any, ...]:
     tokens = tuple(c.token_ids.tobytes() for c in group.completions)
-    return group.id, tokens, tuple(int(c.policy_version[0]) for c in group.completions), tuple(s.value for s in group.scores)
+    return group.id, tokens, tuple(tuple(c.policy_version.tolist()) for c in group.completions), tuple(s.value for s in group.scores)
 
 
 def times(numbers: Mapping[str, float]) -> set[tuple[str, float]]:
@@ -323,7 +366,7 @@ MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 def check(shape: Shape, rng: random.Random) -> Counter[str]:
-    """A run that nothing disturbs and one that dies: both have to come to the same. Counts what happened in both."""
+    """A run that nothing disturbs and one that dies. Counts what happened in both."""
     calm = World(Shape(**{**vars(shape), "engine_deaths": 0.0, "run_deaths": 0.0}), random.Random(rng.random()))
     rough = World(shape, rng)
     ends = []
@@ -332,9 +375,27 @@ def check(shape: Shape, rng: random.Random) -> Counter[str]:
             path = Path(place) / "journal.sqlite"
             live(world, path)
             ends.append(fates(path, shape))
-    assert calm.lineage == rough.lineage
-    assert ends[0] == ends[1]
+    if shape.max_staleness:
+        for world in (calm, rough):
+            check_ages(world)
+    else:
+        assert calm.lineage == rough.lineage
+        assert ends[0] == ends[1]
     return calm.transitions + rough.transitions
+
+
+def check_ages(world: World) -> None:
+    """Every step is full, and all its tokens are from the last versions."""
+    shape = world.shape
+    assert sorted(world.lineage) == list(range(shape.steps))
+    seen: Counter[str] = Counter()
+    for step, (*groups, _, _) in world.lineage.items():
+        assert len(groups) == shape.per_step
+        for name, _, versions, _ in groups:
+            seen[name] += 1
+            assert all(step - shape.max_staleness <= v <= step for each in versions for v in each), f"step {step}: {versions}"
+            assert shape.in_flight or shape.oversample or all(len(set(each)) == 1 for each in versions), "an update within a completion"
+    assert set(seen.values()) == {1}, "no group is trained twice"
 
 
 def fates(path: Path, shape: Shape) -> list[tuple[Any, ...]]:
