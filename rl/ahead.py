@@ -9,8 +9,9 @@ none that is older than k = `rollout.max_staleness`. Two rules keep that without
 So what is slow is waited for and not lost, and long completions are trained as often as short ones. What is too old all the same (an
 engine died, a run was resumed) is dropped, counted, and its prompt is asked again.
 
-Without `rollout.oversample` a step takes its prompts in their order. With it, it takes those that are ready first among its own and as
-many more; the others go on into the next step. Which groups meet in a step then depends on time; that each has one end does not.
+Without `rollout.oversample` the groups of the next step are in the making while the learner learns from those of this one. With it there
+are more than a step takes: it takes those that are ready first, and the slowest go on into the next step. Which groups meet in a step
+then depends on time; that each has one end does not.
 
 Nothing here is a thread. `turn` does what can be done now; `Pump` calls it while the learner learns, `next` while the learner waits.
 
@@ -106,8 +107,7 @@ class AheadStream(GroupStream):
         due = self._due(count)
         if any(self._places[n].group is None for n in due):
             return None
-        near = set(list(self._places)[: math.ceil(count * (1.0 + self.config.oversample))])
-        taken = due + [n for n in self._ready if n in near and n not in due]
+        taken = due + [n for n in self._ready if n not in due]
         return taken[:count] if len(taken) >= count else None
 
     def _due(self, count: int) -> list[int]:
@@ -201,9 +201,10 @@ class AheadStream(GroupStream):
             self._ask(_Begun(attempt, place.prompt), self._now)
 
     def _room(self) -> int:
-        """How many groups there may be: those of the steps until one that is begun now is too old."""
+        """How many groups there may be: not more than the steps take until one that is begun now is too old."""
         first = self.step + int(self._handed_over)
-        return min(self.version + self.config.max_staleness - first + 1, self.steps - first) * self._count_wanted
+        steps = min(self.version + self.config.max_staleness - first + 1, self.steps - first, 1.0 + self.config.oversample)
+        return math.ceil(steps * self._count_wanted)
 
     def _finished(self, slot: Slot, group: Group, now: _Step) -> None:
         place = self._places[slot.position]

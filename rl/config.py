@@ -110,8 +110,8 @@ class RolloutConfig(Section):
     in_flight: bool = False
     """Engines take new weights in the middle of completions, which go on from there; otherwise they finish what they have first."""
     oversample: float = Field(0.0, ge=0.0)
-    """Share of prompts_per_step that is started beyond what a step takes: those that are ready first are trained, the slowest go on
-    into the next step as under `in_flight`. At most max_staleness; 0: a step takes prompts in their order and waits for the slowest."""
+    """Share of prompts_per_step that is sampled beyond what a step takes: a step takes what is ready first, and the slowest go on into
+    the next one, under new weights as with `in_flight`. At most max_staleness."""
     placement: Literal["split", "colocate", "ray"] = "split"
     """split: engines on GPUs (or cores) of their own."""
     tensor_parallel: int = Field(1, ge=1)
