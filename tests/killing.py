@@ -212,7 +212,7 @@ def account_problems(run: Path) -> list[str]:
         if getattr(sums, name) != metric and not (name == "sampled" and sums.sampled - metric == sums.wasted.get("resampled", 0)):
             problems.append(f"tokens/{name}: {metric} in the metrics, {getattr(sums, name)} in the journal")
     for reason, groups in sums.groups.items():
-        if reason != "open" and groups != sum(row[f"groups/{reason}"] for row in steps):
+        if reason != "open" and groups != sum(row.get(f"groups/{reason}", 0) for row in steps):
             problems.append(f"groups/{reason}: not {groups} in the metrics")
     return problems
 
