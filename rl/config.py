@@ -96,7 +96,7 @@ class RolloutConfig(Section):
     """How weights reach vLLM engines. file: shared memory, which an engine that died is brought back from; nccl: GPU to
     GPU, keeps no copy, and an engine that dies ends the run. It has not run on a GPU."""
     gpu_memory_utilization: float = Field(0.85, gt=0.0, lt=1.0)
-    """Share of a GPU that a vLLM engine takes; not used on CPU."""
+    """Share of a GPU that a vLLM engine takes; under colocate the learner's weights need room in the rest. Not used on CPU."""
     stall_s: float = Field(60.0, gt=0.0)
     """An engine that has work and samples no token for so many seconds is hung, and is started again; as long again for each 2048
     tokens of the longest prompt it has to read."""
@@ -113,7 +113,9 @@ class RolloutConfig(Section):
     """Share of prompts_per_step that is sampled beyond what a step takes: a step takes what is ready first, and the slowest go on into
     the next one, under new weights as with `in_flight`. At most max_staleness."""
     placement: Literal["split", "colocate", "ray"] = "split"
-    """split: engines on GPUs (or cores) of their own."""
+    """split: engines on GPUs (or cores) of their own; colocate: on the learner's, in turns: engines sleep while it learns, and its
+    optimizer's state goes to host memory while they sample, where both do not fit (`--dry-run` says so). vLLM's sleep mode has not
+    run on a GPU here; on a CPU nothing is freed."""
     tensor_parallel: int = Field(1, ge=1)
     """GPUs for each engine."""
 
@@ -129,6 +131,11 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _ahead(self) -> "RolloutConfig":
+        if self.placement == "colocate" and self.max_staleness > 0:
+            raise ValueError(
+                f"placement colocate has engines and learner take turns, and max_staleness {self.max_staleness} is for sampling while "
+                "the learner learns; take placement split, or max_staleness 0"
+            )
         if self.in_flight and self.max_staleness == 0:
             raise ValueError("in_flight true: completions then have tokens of older weights; set max_staleness to 1 or more")
         if self.oversample > self.max_staleness:
@@ -147,12 +154,16 @@ class RolloutConfig(Section):
     def _nccl_needs_vllm(self) -> "RolloutConfig":
         if self.weights == "nccl" and self.engine != "vllm":
             raise ValueError(f"weights nccl is vLLM's backend, and engine is '{self.engine}'; take weights: file")
+        if self.weights == "nccl" and self.placement == "colocate":
+            raise ValueError(
+                "weights nccl joins GPUs, and under placement colocate both ends are on one, which NCCL refuses; take weights: file"
+            )
         return self
 
     @field_validator("placement")
     @classmethod
     def _placement(cls, value: str) -> str:
-        not_there_yet(value, ["colocate", "ray"])
+        not_there_yet(value, ["ray"])
         return value
 
 
@@ -298,7 +309,8 @@ class HardwareConfig(Section):
     """What a dry run holds the recipe against; a run itself uses what is there."""
 
     gpus: int = Field(ge=1)
-    """GPUs of a node. Under placement `split` the first node's last `engines * tensor_parallel` are the engines', the rest learn."""
+    """GPUs of a node. Under placement `split` the first node's last `engines * tensor_parallel` are the engines', the rest learn; under
+    `colocate` all learn, and the first node's first ones sample too."""
     gpu_gb: float = Field(gt=0.0)
     """Memory of one GPU, in 10^9 bytes."""
     nodes: int = Field(1, ge=1)

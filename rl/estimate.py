@@ -40,6 +40,8 @@ VLLM_BATCH_TOKENS = 16384
 """Tokens that vLLM forwards at once while it measures its own need: its largest default (`max_num_batched_tokens`, vLLM 0.32)."""
 VLLM_BLOCK = {"cuda": 16, "cpu": 128}
 """Tokens of a KV block by device; a sequence takes whole blocks."""
+TWO_PROCESSES_BYTES = 3e9
+"""Of a GPU that two processes share: their CUDA contexts, and what NCCL and the libraries keep. Assumed, not measured."""
 CPU_KV_MAX_BYTES = 4 << 30
 """As in rl.engines.vllm_worker: more than this a vLLM engine on a CPU does not take for its KV cache."""
 
@@ -159,6 +161,11 @@ def _kv(config: Any) -> tuple[int, int]:
     heads = config.num_key_value_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * heads * width * layers, heads
+
+
+def beside(resident_bytes: float, gpu_memory_utilization: float, gpu_bytes: float) -> bool:
+    """Whether what the learner keeps between its turns leaves an engine on the same GPU the share that it takes."""
+    return resident_bytes + gpu_memory_utilization * gpu_bytes + TWO_PROCESSES_BYTES <= gpu_bytes
 
 
 def machine_of(hardware: HardwareConfig | None) -> Machine:

@@ -39,6 +39,7 @@ from rl.inputs import check_gpus, check_router, read_prompt_sets
 from rl.learner import Learner
 from rl.lora import add_adapter
 from rl.metrics_file import MetricsFile
+from rl.placement import ColocatedStream, ColocatedSync, Turns
 from rl.policy import DTYPES, load_model, load_tokenizer, policy_fingerprint, policy_folder
 from rl.pool import RolloutPool
 from rl.progress import Display
@@ -109,6 +110,7 @@ def _open(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks, stack: ExitStack
     if prompts is not None:
         _say_prompts(run, prompts, held_out)
     stack.enter_context(run.display)
+    turns = _turns(run)
     stream = None
     manifest: dict[str, TensorSpec] | None = None
     if prompts is not None:
@@ -116,8 +118,8 @@ def _open(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks, stack: ExitStack
         begin_with = engine_policy(recipe.policy, source, folder.path / "engine_policy")
         manifest = _manifest(run.learner, begin_with)
         stream = _open_rollouts(run, begin_with, prompts, longest, stack)
-    run.stream = SharedStream(ranks, stream)
-    run.sync = _sync(run, manifest)
+    run.stream = ColocatedStream(ranks, stream, turns) if turns else SharedStream(ranks, stream)
+    run.sync = _sync(run, manifest, turns)
     stack.callback(run.sync.close)
     if stream is not None:
         run.sync.standing_still = stream.standing_still
@@ -228,9 +230,26 @@ def _check_room(run: Run) -> None:
     check_room(run.folder.path, parameters * each * missing)
 
 
-def _sync(run: Run, manifest: Manifest | None) -> WeightSync | NcclSync:
+def _turns(run: Run) -> Turns | None:
+    """Under `placement: colocate`, who has the GPUs: the engines, which are about to start, so the learner gives up what it can."""
+    if run.recipe.rollout.placement != "colocate":
+        return None
+    turns = Turns(run.learner, run.recipe.rollout)
+    turns.learner_ends()
+    if not turns.frees:
+        run.display.say(
+            "rollout.placement colocate: engines stand still while the learner learns; there is no GPU on which memory is freed"
+        )
+    elif turns.offloads:
+        run.display.say("rollout.placement colocate: the optimizer's state is in host memory while engines sample")
+    return turns
+
+
+def _sync(run: Run, manifest: Manifest | None, turns: Turns | None) -> WeightSync | NcclSync:
     """manifest: on rank 0, what every update brings."""
     engines = run.pool.engines if run.ranks.main else ()
+    if turns is not None:
+        return ColocatedSync(engines, manifest, turns)
     if run.recipe.rollout.weights == "nccl":
         return NcclSync(engines, manifest or {}, run.ranks)
     return WeightSync(engines, manifest)

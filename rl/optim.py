@@ -91,6 +91,12 @@ class AdamW:
                 p.copy_(round_to_bf16(master, noise))
         self.zero_grad()
 
+    def move_state(self, device: torch.device | str) -> None:
+        """Copies moments and masters to a device, bit for bit, and lets go of them where they were; `step` wants them at the parameters."""
+        for tensors in self.state.values():
+            for what, tensor in tensors.items():
+                tensors[what] = tensor.to(device, copy=True)
+
     def zero_grad(self) -> None:
         self._grads.clear()
         for _, p in self.parameters:

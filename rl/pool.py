@@ -141,6 +141,12 @@ class RolloutPool:
             for completion in self.poll(timeout_s=1.0):
                 seen(completion)
 
+    def sleep(self) -> None:
+        """All engines give their GPU memory back, and have it again after the next weight update. There must be no work."""
+        assert not self.open, f"engines were put to sleep over {self.open} completions"
+        with ThreadPoolExecutor(len(self._seats)) as threads:
+            list(threads.map(Seat.sleep, self._seats))
+
     def metrics(self) -> dict[str, float]:
         """Engines that can sample now; and since the last call: how often one was started again, completions that were asked again
         for it, and tokens of those that are known to have been sampled in vain (they are in no other count)."""

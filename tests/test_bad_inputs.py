@@ -280,6 +280,16 @@ def completions_put_off_that_have_to_be_on_policy(inputs):
     inputs.set("rollout.oversample=0.5")
 
 
+@bad("placement colocate", "take turns", "max_staleness 1", "placement split", early=True)
+def turns_with_staleness(inputs):
+    inputs.set("rollout.placement=colocate", "rollout.max_staleness=1")
+
+
+@bad("weights nccl joins GPUs", "placement colocate", "weights: file", early=True)
+def nccl_within_a_gpu(inputs):
+    inputs.set("rollout.placement=colocate", "rollout.weights=nccl", "rollout.engine=vllm")
+
+
 @bad("prompts.task", "no task named 'arithmetics'", "did you mean 'arithmetic'?", early=True)
 def a_task_that_is_not_known(inputs):
     inputs.set("prompts={task: arithmetics}")

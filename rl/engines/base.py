@@ -14,7 +14,7 @@ next update, so an engine that restarts can be brought to the current weights wi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -127,6 +127,8 @@ class Health:
     paused: bool = False
 
 
+Part = Literal["weights", "kv_cache"]
+"""What an engine that sleeps is woken in, one after the other."""
 PULSE_s = 1.0
 """How often an engine that samples says so."""
 PROMPT_TOKENS = 2048
@@ -173,6 +175,13 @@ class Engine(Protocol):
 
     def end_update(self) -> None:
         """Closes the update, drops the prefix cache, and returns when the next token comes from the new weights."""
+
+    def sleep(self) -> None:
+        """Gives its GPU memory to the learner until it is woken; it must have no work. Its weights are lost, so an update has to come
+        between the two wakes. What has no GPU memory only stands still."""
+
+    def wake(self, part: Part) -> None:
+        """Takes the memory of its weights back, for an update, or of its KV cache, to sample; what is awake stays as it is."""
 
     def health(self) -> Health:
         """Answers when the token in the making is done."""

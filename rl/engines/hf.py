@@ -23,7 +23,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.values import Completion
 from rl.config import Fp8Config
-from rl.engines.base import Died, EngineDead, Finished, Health, Mailbox, Pulse, PULSE_s, Request, Sampling, WeightChunk
+from rl.engines.base import Died, EngineDead, Finished, Health, Mailbox, Part, Pulse, PULSE_s, Request, Sampling, WeightChunk
 from rl.engines.weights import read_chunk
 from rl.fp8.convert import fp8_model
 from rl.policy import checkpoint_views, end_tokens, load_model, load_tokenizer
@@ -124,6 +124,13 @@ class HfEngine:
     def end_update(self) -> None:
         self._alive()
         self.version = self._next_version  # there is no prefix cache to drop: each call reads its prompt anew
+
+    def sleep(self) -> None:
+        self._alive().pause()  # it shares the learner's memory, and has nothing to give back
+
+    def wake(self, part: Part) -> None:
+        if part == "kv_cache":
+            self._alive().resume()
 
     def health(self) -> Health:
         return self._alive().health()

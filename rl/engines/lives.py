@@ -118,6 +118,13 @@ class Seat:
         self.deaths += 1
         return lost, tokens
 
+    def sleep(self) -> None:
+        """Puts the engine to sleep; a life that is about to begin takes its memory first, and then gives it back."""
+        if self._restart is not None:
+            self._restart.join()
+        with suppress(EngineDead):  # its death is in the mail; the next life begins when engines have their turn again
+            self.engine.sleep()
+
     def restart(self, catch_up: Callable[[Engine], None]) -> None:
         """Begins the next life in the background; in its mailbox there will be Started or Died."""
         delay_s = BACKOFF_s * 2 ** (self.deaths - 2) if self.deaths > 1 else 0.0

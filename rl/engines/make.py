@@ -47,6 +47,7 @@ def make_engines(
                 weight_backend="nccl" if rollout.weights == "nccl" else "cohort_file",
                 stall_s=rollout.stall_s,
                 returns_routes=returns_routes,
+                sleeps=rollout.placement == "colocate",
             )
         )
     return engines
@@ -63,6 +64,8 @@ def check_engines(rollout: RolloutConfig, policy: PolicyConfig) -> None:
 
 
 def _devices(number: int, rollout: RolloutConfig, gpus: int) -> tuple[int, ...]:
-    """GPUs of an engine under `placement: split`: the learner's ranks have the first ones, engines the last."""
-    first = gpus - (rollout.engines - number) * rollout.tensor_parallel
+    """GPUs of an engine. split: the learner's ranks have the first ones, engines the last; colocate: engines begin at the first, too."""
+    first = number * rollout.tensor_parallel
+    if rollout.placement == "split":
+        first += gpus - rollout.engines * rollout.tensor_parallel
     return tuple(range(first, first + rollout.tensor_parallel)) if gpus else ()

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from data.values import Completion
-from rl.engines.base import Health, PULSE_s, Request, WeightChunk
+from rl.engines.base import Health, Part, PULSE_s, Request, WeightChunk
 
 TOGETHER_s = 0.003
 """What comes to an idle engine so soon after one another begins together: a first step with one group would delay all others."""
@@ -84,6 +84,12 @@ class Core(Protocol):
     def end_update(self, version: int) -> None:
         """Names the new weights, and drops every key and value of older ones, those of running requests included."""
 
+    def sleep(self) -> None:
+        """Frees weights and KV cache."""
+
+    def wake(self, part: Part) -> None:
+        """Takes room for one of them again; the other is as it was."""
+
 
 class Server:
     """The loop, and what each call does."""
@@ -92,6 +98,9 @@ class Server:
         self.pipe = pipe
         self.core = core
         self.paused = False
+        self.asleep: set[Part] = set()
+        self.weights_lost = False
+        """It has slept and had no update since."""
         self.version = 0
         self.next_version = 0
         self.tokens = 0
@@ -131,6 +140,7 @@ class Server:
             self.pipe.send(completion)
 
     def submit(self, requests: Sequence[Request]) -> None:
+        assert not self.asleep, "an engine that sleeps was asked for completions"
         for request in requests:
             assert request.id not in self.core.requests, f"{request.id} is being sampled already"
             self.core.add(request)
@@ -150,6 +160,7 @@ class Server:
 
     def begin_update(self, version: int) -> None:
         assert self.paused or not self.core.requests, "an update began while completions were sampled; pause the engine first"
+        assert "weights" not in self.asleep, "an update has nowhere to go: the weights sleep"
         self.next_version = version
         self.core.begin_update()
 
@@ -162,6 +173,21 @@ class Server:
     def end_update(self) -> None:
         self.core.end_update(self.next_version)
         self.version = self.next_version
+        self.weights_lost = False
+
+    def sleep(self) -> None:
+        assert not self.core.requests, "an engine was put to sleep over its work"
+        if not self.asleep:
+            self.core.sleep()
+        self.asleep = {"weights", "kv_cache"}
+        self.weights_lost = True
+
+    def wake(self, part: Part) -> None:
+        if part not in self.asleep:
+            return
+        assert part == "weights" or not self.weights_lost, "an engine was to sample from weights that it has lost; update it first"
+        self.core.wake(part)
+        self.asleep.remove(part)
 
     def health(self) -> Health:
         self.core.check()

@@ -33,7 +33,7 @@ from queue import SimpleQueue
 from typing import Any, Literal
 
 from data.values import Completion
-from rl.engines.base import Died, EngineDead, Finished, Health, Mailbox, Pulse, Request, WeightChunk, patience_s
+from rl.engines.base import Died, EngineDead, Finished, Health, Mailbox, Part, Pulse, Request, WeightChunk, patience_s
 from rl.engines.server import Answer, Call, Failed, Ready
 
 # Imported first in the fork server, where vllm would otherwise complain on the terminal that it has no Triton.
@@ -68,6 +68,8 @@ class VllmSpec:
     weight_backend: Literal["cohort_file", "nccl"]
     returns_routes: bool
     """Completions come with the experts that were chosen; on a GPU alone."""
+    sleeps: bool
+    """Its GPUs are the learner's too; it is put to sleep while the learner has its turn."""
 
 
 def preload() -> None:
@@ -99,13 +101,14 @@ class VllmEngine:
         stall_s: float = 60.0,
         weight_backend: Literal["cohort_file", "nccl"] = "cohort_file",
         returns_routes: bool = False,
+        sleeps: bool = False,
     ) -> None:
         """asynchronous: AsyncLLM on a CPU too; on a GPU it always is. The other parameters are those of VllmSpec."""
         self.name = name
         self.slots = slots
         self.spec = VllmSpec(
             name, policy_path, dtype, max_model_len, slots, threads, tensor_parallel, devices, gpu_memory_utilization, log_path,
-            asynchronous or bool(devices), stall_s, weight_backend, returns_routes,
+            asynchronous or bool(devices), stall_s, weight_backend, returns_routes, sleeps,
         )  # fmt: skip
         self._link: _Link | None = None
 
@@ -138,6 +141,12 @@ class VllmEngine:
 
     def end_update(self) -> None:
         self._alive().ask("end_update")
+
+    def sleep(self) -> None:
+        self._alive().ask("sleep")
+
+    def wake(self, part: Part) -> None:
+        self._alive().ask("wake", part)
 
     def health(self) -> Health:
         return self._alive().ask("health")

@@ -52,7 +52,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from data.values import Completion
-from rl.engines.base import Request, TensorSlot, WeightChunk
+from rl.engines.base import Part, Request, TensorSlot, WeightChunk
 from rl.engines.nccl import FanOut
 from rl.engines.server import Failed, Ready, Server
 from rl.engines.vllm import VllmEngine, VllmSpec
@@ -63,6 +63,8 @@ Method = TypeVar("Method")
 
 KV_CACHE_MAX_bytes = 4 << 30
 """On a CPU: an engine whose slots could fill more takes this, and lets requests wait."""
+SLEEP_LEVEL = 2
+"""Weights are dropped, not copied to host memory: every update brings all of them (`rl.engines.weights` checks that it does)."""
 POLL_s = 0.005
 """How long a step waits for AsyncLLM before the loop looks at the pipe again."""
 
@@ -147,6 +149,12 @@ class StepCore:
         self.llm.reset_prefix_cache(reset_running_requests=True)
         self.llm.set_weight_version(str(version))
 
+    def sleep(self) -> None:
+        self.llm.sleep(level=SLEEP_LEVEL)
+
+    def wake(self, part: Part) -> None:
+        self.llm.wake_up([part])
+
 
 class AsyncCore:
     """AsyncLLM, which runs the engine core in a process of its own, and an event loop in a thread: GPU."""
@@ -219,6 +227,12 @@ class AsyncCore:
         self.wait(self.llm.collective_rpc("finish_weight_update"))
         self.wait(self.llm.reset_prefix_cache(reset_running_requests=True))
         self.wait(self.llm.update_weight_version(str(version)))
+
+    def sleep(self) -> None:
+        self.wait(self.llm.sleep(level=SLEEP_LEVEL))
+
+    def wake(self, part: Part) -> None:
+        self.wait(self.llm.wake_up([part]))
 
 
 def count_tokens(processor: OutputProcessor) -> int:
@@ -299,7 +313,10 @@ def engine_config(spec: VllmSpec) -> VllmConfig:
         args["hf_overrides"] = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
     if spec.devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, spec.devices))
-        return AsyncEngineArgs(gpu_memory_utilization=spec.gpu_memory_utilization, **args).create_engine_config()
+        # Sleep mode takes memory from an allocator of vLLM's own, which can give it back; it has not run on a GPU.
+        return AsyncEngineArgs(
+            gpu_memory_utilization=spec.gpu_memory_utilization, enable_sleep_mode=spec.sleeps, **args
+        ).create_engine_config()
 
     # The platform would otherwise put the executor into one more process, and import vllm again.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

@@ -114,6 +114,17 @@ def test_two_runs_are_the_same_bits(policy: Path, whole: Path, tmp_path: Path) -
     assert same_weights(again, whole)
 
 
+def test_taking_turns_changes_no_bit_and_is_said_once(policy: Path, whole: Path, tmp_path: Path) -> None:
+    """Colocated on a CPU, stopped after step 2 and resumed, with evaluations between: the bits of the run that nothing interrupts."""
+    path = recipe(tmp_path, policy, "run", **{"{engine: hf,": "{engine: hf, placement: colocate,"})
+    said = run(path, "learner.steps=2")
+    assert said.count("placement colocate: engines stand still while the learner learns; there is no GPU") == 1
+    run(path)
+    again = tmp_path / "out" / "run"
+    assert [row for row in rows(again) if row["step"] > 2] == [row for row in rows(whole) if row["step"] > 2]
+    assert same_weights(again, whole)
+
+
 def test_a_killed_run_ends_where_one_ends_that_was_not(policy: Path, whole: Path, tmp_path: Path) -> None:
     """Killed with -9 somewhere after its first checkpoint, and started again with the same command."""
     path = recipe(tmp_path, policy, "run")

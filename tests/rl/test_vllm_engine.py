@@ -161,6 +161,18 @@ def test_after_a_sync_the_engine_equals_a_freshly_loaded_one(first: Bench, folde
     assert {int(v) for c in got for v in c.policy_version} == {2}
 
 
+def test_an_engine_that_slept_samples_as_before_after_an_update(first: Bench, folder: Path) -> None:
+    """vLLM's own calls; on a CPU its workers have nothing to free, but the scheduler stands still and the parts wake one by one."""
+    wanted = first.sample()
+    for version in (1, 2):
+        first.engine.sleep()
+        first.engine.wake("weights")
+        first.sync.push(Checkpoint(folder / "moe0"), version=version)
+        first.engine.wake("kv_cache")
+        again = first.sample()
+        assert same(again, wanted) == 0.0 and set(again[0].policy_version.tolist()) == {version}
+
+
 def test_a_second_sync_of_the_same_weights_changes_nothing(first: Bench, folder: Path) -> None:
     before = first.sample()
     first.sync.push(Checkpoint(folder / "moe0"), version=2)
