@@ -7,10 +7,10 @@ version does not have are refused by name, never ignored.
 import math
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from data.prompt_config import PromptsConfig
-from data.recipe import Section, not_there_yet
+from data.recipe import Section
 from rewards.config import RewardsConfig
 
 
@@ -159,12 +159,6 @@ class RolloutConfig(Section):
                 "weights nccl joins GPUs, and under placement colocate both ends are on one, which NCCL refuses; take weights: file"
             )
         return self
-
-    @field_validator("placement")
-    @classmethod
-    def _placement(cls, value: str) -> str:
-        not_there_yet(value, ["ray"])
-        return value
 
 
 class AdvantageConfig(Section):

@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from itertools import islice
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from data.recipe import InputError, resolved_yaml
 from data.values import Prompt
 from rl.command import main_rank
 from rl.config import TrainRecipe
-from rl.estimate import GB, Machine, Place, Sizes, learner_ranks, machine_of, pass_tokens, places, sizes_of
+from rl.estimate import GB, Machine, Place, learner_ranks, machine_of, pass_tokens, places, sent_bytes
 from rl.inputs import (
     check_engine,
     check_gpus,
@@ -39,6 +38,8 @@ from rl.inputs import (
 )
 from rl.policy import load_tokenizer
 from rl.run_folder import RunFolder
+from rl.sizes import Sizes, sizes_of
+from rl.step_time import Term, passes_of, step_time, work_of
 
 EXAMPLES = 3
 """Prompts that are shown."""
@@ -77,6 +78,14 @@ def dry_run(recipe: TrainRecipe, folder: RunFolder) -> int:
     print("\n".join(inputs.lines))
     print(_step(recipe, machine, inputs, longest))
     print(memory(recipe, sizes, machine, longest))
+    if (
+        sizes is not None
+        and longest is not None
+        and machine.gpus
+        and recipe.rollout.engine == "vllm"
+        and learner_ranks(recipe, machine) > 0
+    ):
+        print(step_seconds(recipe, sizes, machine, longest))
     if sizes is not None and recipe.rollout.weights == "file":
         print(_weight_file(recipe, sizes))
     result = folder.result() if ours else None
@@ -234,8 +243,7 @@ def _step(recipe: TrainRecipe, machine: Machine, inputs: Inputs, longest: int | 
     ranks = learner_ranks(recipe, machine)
     if longest is not None and ranks > 0:
         group, most = pass_tokens(recipe, longest)
-        at_once = max(1, learner.micro_tokens // group)
-        passes = ceil(ceil(ceil(p / learner.steps_per_batch) / ranks) / at_once)
+        passes = passes_of(recipe, machine, longest)
         lines.append(
             f"  {updates} optimizer step{'s' if updates > 1 else ''}, each of at most {passes} passes on each of {ranks} "
             f"rank{'s' if ranks > 1 else ''}; a group has at most {group:,} tokens, a pass {most:,}"
@@ -266,14 +274,49 @@ def memory(recipe: TrainRecipe, sizes: Sizes | None, machine: Machine, longest: 
         return f"{head}\nmemory: does not fit: {error}"
     if any(place.left_bytes < 0 for place in found):
         verdict = "does not fit; what helps: more GPUs, moments in bf16, policy.activation_checkpointing, shorter completions"
+        if recipe.rollout.placement == "colocate":
+            verdict += ", a lower rollout.gpu_memory_utilization, placement split"
+        if found[0].left_bytes < 0:
+            verdict += _spread(recipe, sizes, machine, longest)
     else:
         verdict = "fits, where what is left holds the programs, CUDA contexts, NCCL's buffers and fragmentation"
     return "\n".join([head, *map(_place, found), f"memory: {verdict}"])
 
 
+def _spread(recipe: TrainRecipe, sizes: Sizes, machine: Machine, longest: int) -> str:
+    """What expert parallelism would bring a learner that does not fit: the fewest GPUs to a layer's experts with which it would."""
+    ranks = learner_ranks(recipe, machine)
+    for expert_parallel in (2**n for n in range(1, 12)):
+        if not machine.gpus or not sizes.experts or sizes.experts % expert_parallel or ranks % expert_parallel:
+            continue
+        left = places(recipe, sizes, machine, longest, expert_parallel)[0].left_bytes
+        if left >= 0:
+            return (
+                f"\nmemory: with each layer's experts spread over {expert_parallel} GPUs, {left / GB:.2f} GB would be left on each that "
+                f"learns: transformers has that (DistributedConfig(ep_size={expert_parallel})), the learner does not use it yet"
+            )
+    return ""
+
+
+def step_seconds(recipe: TrainRecipe, sizes: Sizes, machine: Machine, longest: int) -> str:
+    """The estimated time of a step, by phase and term."""
+    found = step_time(work_of(recipe, sizes, machine, longest), sizes)
+    joined = "the longer of sampling and learning, and sync" if found.ahead else "together"
+    head = (
+        f"time: {found.total_s:.0f} s a step ({joined}) with every completion as long as it may be, by arithmetic for H100s; steps\n"
+        "  that NeMo-RL publishes took 1.2 to 2.1 times what this arithmetic gives for them (recipes/README.md)"
+    )
+
+    def line(phase: str, term: Term) -> str:
+        return f"  {phase + ': ' + term.name:<36}  {term.seconds:>8.1f} s   {term.formula}"
+
+    phases = {"rollout": found.rollout, "learn": found.learn, "sync": found.sync}
+    return "\n".join([head, *(line(phase, term) for phase, terms in phases.items() for term in terms)])
+
+
 def _weight_file(recipe: TrainRecipe, sizes: Sizes) -> str:
     """Shared memory that weight updates go through, and whether this machine has it; one that the recipe names is not here to be asked."""
-    need = sizes.total * (4 if recipe.policy.precision == "fp32" else 2)
+    need = sizes.total * sent_bytes(recipe)
     line = f"weight file: {need / GB:.3f} GB of shared memory, through which updates reach the engines"
     if recipe.hardware is not None:
         return f"{line}; /dev/shm has to hold it"

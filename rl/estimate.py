@@ -1,30 +1,27 @@
 """What a run takes of memory, by part, from the model's config alone: no weights are read.
 
-Sizes come from the model that transformers builds on torch's meta device, so a parameter is counted as it will be there. Every part
-names its formula where it is printed. GB are 10^9 bytes. What is no part stands in what is left: CUDA contexts, NCCL's buffers,
-fragmentation, the programs themselves; and none of it has been held against a GPU by this project yet.
+Sizes are those of `rl/sizes.py`. Every part names its formula where it is printed. GB are 10^9 bytes. What is no part stands in what is
+left: CUDA contexts, NCCL's buffers, fragmentation, the programs themselves; and none of it has been held against a GPU by this project
+yet.
 
 Under `placement: split` the engines have the last `engines * tensor_parallel` GPUs of the first node, the learner all others, and
-FSDP2 shards its weights, masters, gradients and moments over them. On a CPU every rank holds the whole learner, in the same RAM.
+FSDP2 shards its masters, gradients and moments over them. Under `colocate` the learner has all, and engines the first ones in turns
+with it. On a CPU every rank holds the whole learner, in the same RAM.
 
     T  tokens of the longest pass      L  layers      D  hidden size      V  vocabulary      b  bytes of an element
 """
 
 import os
-import re
 from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from data.recipe import InputError
-from rl.config import HardwareConfig, LoraConfig, TrainRecipe
+from rl.config import HardwareConfig, TrainRecipe
 from rl.logp import CHUNK_LOGITS
-from rl.lora import add_adapter
+from rl.sizes import Sizes
 
 GB = 1e9
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
@@ -40,36 +37,12 @@ VLLM_BATCH_TOKENS = 16384
 """Tokens that vLLM forwards at once while it measures its own need: its largest default (`max_num_batched_tokens`, vLLM 0.32)."""
 VLLM_BLOCK = {"cuda": 16, "cpu": 128}
 """Tokens of a KV block by device; a sequence takes whole blocks."""
+MASTERS_BESIDE = "masters, fp32"
+"""The part that masters are where they are not the weights themselves; they then belong to the optimizer's state."""
 TWO_PROCESSES_BYTES = 3e9
 """Of a GPU that two processes share: their CUDA contexts, and what NCCL and the libraries keep. Assumed, not measured."""
 CPU_KV_MAX_BYTES = 4 << 30
 """As in rl.engines.vllm_worker: more than this a vLLM engine on a CPU does not take for its KV cache."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """A model in numbers; counts are of elements."""
-
-    total: int
-    active: int
-    """Parameters that one token passes through: of the experts those it is sent to."""
-    adapter: int
-    """Parameters of a low-rank adapter, which are trained in place of the others; 0 is none."""
-    layers: int
-    hidden: int
-    vocabulary: int
-    layer: int
-    """Parameters of the largest layer."""
-    root: int
-    """Parameters outside of the layers: embedding, head, last norm."""
-    kept_layer: int
-    kept_layers: int
-    """A token's outputs of every matrix and norm, in the largest layer and in all."""
-    kv_token: int
-    """Keys and values of a token in all layers; of MLA its latents."""
-    kv_split: int
-    """Into how many parts tensor parallelism can split them."""
-    context: int | None
 
 
 @dataclass(frozen=True)
@@ -108,61 +81,6 @@ class Place:
         return self.room_bytes - self.used_bytes
 
 
-def sizes_of(config_file: Path, lora: LoraConfig | None = None) -> Sizes:
-    """Sizes of the model that a config in JSON describes. InputError for one that transformers cannot read or does not know."""
-    try:
-        config = AutoConfig.from_pretrained(config_file, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{config_file}: no config of a model: {' '.join(str(error).split())}") from None
-    chosen = getattr(config, "num_experts_per_tok", 0)
-    layers: dict[int, list[int]] = {}
-    total = active = root = 0
-    for name, parameter in model.named_parameters():
-        n = parameter.numel()
-        expert = ".experts." in name
-        total += n
-        active += n * chosen // parameter.shape[0] if expert else n
-        inside = re.search(r"\.layers\.(\d+)\.", name)
-        if inside is None:
-            root += n
-            continue
-        sums = layers.setdefault(int(inside[1]), [0, 0])
-        sums[0] += n
-        sums[1] += _outputs(name, parameter, chosen) if expert else parameter.shape[0]
-    kv_token, kv_split = _kv(config)
-    return Sizes(
-        total=total, active=active, adapter=_adapter(model, lora), layers=len(layers), hidden=config.hidden_size,
-        vocabulary=config.vocab_size, layer=max(n for n, _ in layers.values()), root=root,
-        kept_layer=max(kept for _, kept in layers.values()), kept_layers=sum(kept for _, kept in layers.values()),
-        kv_token=kv_token, kv_split=kv_split, context=getattr(config, "max_position_embeddings", None),
-    )  # fmt: skip
-
-
-def _outputs(name: str, parameter: torch.Tensor, chosen: int) -> int:
-    """Of a layer's experts for one token: gate and up, or their product and what goes down."""
-    _, rows, columns = parameter.shape
-    return chosen * (rows + (columns if name.endswith("down_proj") else 0))
-
-
-def _adapter(model: PreTrainedModel, lora: LoraConfig | None) -> int:
-    if lora is None:
-        return 0
-    with torch.device("meta"):
-        add_adapter(model, lora, seed=0)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def _kv(config: Any) -> tuple[int, int]:
-    layers = config.num_hidden_layers
-    if getattr(config, "kv_lora_rank", None):
-        return (config.kv_lora_rank + config.qk_rope_head_dim) * layers, 1
-    heads = config.num_key_value_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * heads * width * layers, heads
-
-
 def beside(resident_bytes: float, gpu_memory_utilization: float, gpu_bytes: float) -> bool:
     """Whether what the learner keeps between its turns leaves an engine on the same GPU the share that it takes."""
     return resident_bytes + gpu_memory_utilization * gpu_bytes + TWO_PROCESSES_BYTES <= gpu_bytes
@@ -179,13 +97,15 @@ def machine_of(hardware: HardwareConfig | None) -> Machine:
 
 
 def engine_gpus(recipe: TrainRecipe) -> int:
-    """GPUs that engines have to themselves; an hf engine lives in the learner's process, on its GPU."""
+    """GPUs that vLLM engines are on; an hf engine lives in the learner's process, on its GPU."""
     return recipe.rollout.engines * recipe.rollout.tensor_parallel if recipe.rollout.engine == "vllm" else 0
 
 
 def learner_ranks(recipe: TrainRecipe, machine: Machine) -> int:
     """Processes that learn; 0 or less if the engines leave no GPU."""
-    return machine.gpus * machine.nodes - engine_gpus(recipe) if machine.gpus else machine.ranks
+    if not machine.gpus:
+        return machine.ranks
+    return machine.gpus * machine.nodes - (engine_gpus(recipe) if recipe.rollout.placement != "colocate" else 0)
 
 
 def pass_tokens(recipe: TrainRecipe, max_model_len: int) -> tuple[int, int]:
@@ -197,8 +117,11 @@ def pass_tokens(recipe: TrainRecipe, max_model_len: int) -> tuple[int, int]:
     return group, max(group, min(recipe.learner.micro_tokens, group * groups))
 
 
-def places(recipe: TrainRecipe, sizes: Sizes, machine: Machine, max_model_len: int) -> list[Place]:
-    """Every kind of place with its parts. InputError if the engines leave no GPU to the learner."""
+def places(recipe: TrainRecipe, sizes: Sizes, machine: Machine, max_model_len: int, expert_parallel: int = 1) -> list[Place]:
+    """Every kind of place with its parts. InputError if the engines leave no GPU to the learner.
+
+    expert_parallel: GPUs that each layer's experts are spread over. The learner has none of that; a dry run says what it would bring.
+    """
     ranks = learner_ranks(recipe, machine)
     if ranks < 1:
         raise InputError(
@@ -206,13 +129,45 @@ def places(recipe: TrainRecipe, sizes: Sizes, machine: Machine, max_model_len: i
             f"{machine.gpus * machine.nodes} to the learner; lower rollout.engines or rollout.tensor_parallel"
         )
     shards = ranks if machine.gpus else 1
-    learner = [*_state(recipe, sizes, shards), *_passing(recipe, sizes, shards, max_model_len)]
+    learner = [*_state(recipe, sizes, shards), *_passing(recipe, sizes, shards, max_model_len, expert_parallel)]
     if not machine.gpus:
         return [_ram(recipe, sizes, machine, learner, max_model_len)]
     first = f"{ranks} of {machine.gpus * machine.nodes} GPUs learn; on each"
     if recipe.rollout.engine == "hf":
         return [Place(first, machine.gpu_bytes, (*learner, *_hf_engines(recipe, sizes, max_model_len)))]
-    return [Place(first, machine.gpu_bytes, tuple(learner)), _vllm_gpu(recipe, sizes, machine, max_model_len)]
+    engine = _vllm_gpu(recipe, sizes, machine, max_model_len)
+    if recipe.rollout.placement == "colocate":
+        return _turns(recipe, sizes, machine, learner, engine)
+    return [Place(first, machine.gpu_bytes, tuple(learner)), engine]
+
+
+def _turns(recipe: TrainRecipe, sizes: Sizes, machine: Machine, learner: list[Part], engine: Place) -> list[Place]:
+    """A shared GPU twice: in the learner's turn, and in the engine's beside what the learner keeps (`rl/placement.py`)."""
+    contexts = Part("two processes", TWO_PROCESSES_BYTES, "CUDA contexts and buffers, assumed")
+    resident, away = resident_and_parked(recipe, sizes, machine)
+    kept = [Part(f"learner: {part.name}", part.bytes, part.formula) for part in resident]
+    sampling = [Part(f"engine: {part.name}", part.bytes, part.formula) for part in engine.parts[:-1]]
+    # vLLM takes its share whole, whatever its slots need; one sequence has to fit.
+    least, share = engine.parts[-1].bytes, f"{recipe.rollout.gpu_memory_utilization:g} x {machine.gpu_bytes / GB:.1f} GB"
+    rest = max(engine.room_bytes - sum(part.bytes for part in sampling), least)
+    sampling.append(Part("engine: KV cache", rest, f"the rest of {share}; of use are {least / GB:.2f} GB"))
+    gpus = machine.gpus * machine.nodes
+    goes = (
+        f"{sum(part.bytes for part in away) / GB:.2f} GB of optimizer state are in host memory" if away else "the optimizer's state stays"
+    )
+    return [
+        Place(f"{gpus} GPUs in the learner's turn; on each", machine.gpu_bytes, (*learner, contexts)),
+        Place(f"{engine_gpus(recipe)} of them in the engines' turn, {goes}; on each", machine.gpu_bytes, (*kept, *sampling, contexts)),
+    ]
+
+
+def resident_and_parked(recipe: TrainRecipe, sizes: Sizes, machine: Machine) -> tuple[list[Part], list[Part]]:
+    """Of a colocated learner: what stays on its GPU while engines sample, and what goes to host memory, if it has to."""
+    state = [part for part in _state(recipe, sizes, learner_ranks(recipe, machine)) if not part.name.startswith("gradients")]
+    if beside(sum(part.bytes for part in state), recipe.rollout.gpu_memory_utilization, machine.gpu_bytes):
+        return state, []
+    parked = [part for part in state if part.name == MASTERS_BESIDE or part.name.startswith("two moments")]
+    return [part for part in state if part not in parked], parked
 
 
 # --- the learner ------------------------------------------------------------------------------------------------------
@@ -221,27 +176,31 @@ def places(recipe: TrainRecipe, sizes: Sizes, machine: Machine, max_model_len: i
 def _state(recipe: TrainRecipe, sizes: Sizes, shards: int) -> list[Part]:
     """What stays over the whole run, as `rl.optim.AdamW` holds it."""
     b = WEIGHT_BYTES[recipe.policy.precision]
+    sharded = shards > 1 and recipe.policy.lora is None
     if recipe.policy.precision == "fp8" and recipe.policy.lora is not None:
-        b += _sent_bytes(recipe)  # an adapter's base has its values beside its codes
+        b += sent_bytes(recipe)  # an adapter's base has its values beside its codes
     m = ELEMENT_BYTES[recipe.learner.optimizer.moments]
     share = f"{sizes.total / 1e9:.3f}e9 parameters" + (f" / {shards}" if shards > 1 else "")
     each = sizes.total / shards
-    parts = [Part(f"weights, {recipe.policy.precision}", b * each, f"{b} bytes x {share}")]
+    if sharded:  # what FSDP2 keeps are the masters; a layer's weights are made of them where it is gathered
+        parts = [Part("weights, fp32 masters", 4 * each, f"4 bytes x {share}")]
+    else:
+        parts = [Part(f"weights, {recipe.policy.precision}", b * each, f"{b} bytes x {share}")]
     if recipe.policy.lora is not None:
         # The reference is the policy without its adapter, and frozen weights have no masters.
         share = f"{sizes.adapter / 1e9:.3f}e9 of the adapter" + (f" / {shards}" if shards > 1 else "")
         each = sizes.adapter / shards
         parts.append(Part("adapter, fp32", 4 * each, f"4 bytes x {share}"))
-    elif b < 4:
-        parts.append(Part("masters, fp32", 4 * each, f"4 bytes x {share}"))
+    elif b < 4 and not sharded:
+        parts.append(Part(MASTERS_BESIDE, 4 * each, f"4 bytes x {share}"))
     parts.append(Part("gradients, fp32", 4 * each, f"4 bytes x {share}"))
     parts.append(Part(f"two moments, {recipe.learner.optimizer.moments}", 2 * m * each, f"2 x {m} bytes x {share}"))
     if recipe.loss.kl_coef > 0.0 and recipe.policy.lora is None:
-        parts.append(Part("reference", b * each, f"{b} bytes x {share}"))
+        parts.append(Part("reference", (4 if sharded else b) * each, f"{4 if sharded else b} bytes x {share}"))
     return parts
 
 
-def _passing(recipe: TrainRecipe, sizes: Sizes, shards: int, max_model_len: int) -> list[Part]:
+def _passing(recipe: TrainRecipe, sizes: Sizes, shards: int, max_model_len: int, expert_parallel: int) -> list[Part]:
     """What a forward and backward pass needs on top, at its worst: every completion as long as it may be.
 
     Attention holds no scores, on a CPU (flash attention) as on a GPU (FlexAttention); what it keeps is a log-sum a row and head.
@@ -250,10 +209,11 @@ def _passing(recipe: TrainRecipe, sizes: Sizes, shards: int, max_model_len: int)
     _, tokens = pass_tokens(recipe, max_model_len)
     parts = []
     if shards > 1:
-        gathered = 2 * sizes.root + 3 * sizes.layer
+        layer = sizes.layer - sizes.expert_layer + sizes.expert_layer / expert_parallel
         # Codes are made of FP32 masters, after those are gathered.
         wide, said = (4, "4 bytes") if recipe.policy.precision == "fp8" else (b, "b")
-        parts.append(Part("gathered", wide * gathered, f"{said} x (2 x embedding and head + 3 x layer): this, the next one, one gradient"))
+        formula = f"b x 2 x embedding and head + {said} x 3 x layer: this, the next one, one gradient"
+        parts.append(Part("gathered", b * 2 * sizes.root + wide * 3 * layer, formula))
     checkpointing = recipe.policy.activation_checkpointing
     if checkpointing:
         parts.append(Part("layer inputs", b * tokens * sizes.hidden * sizes.layers, f"b x T x D x L, T = {tokens:,}"))
@@ -272,29 +232,41 @@ def _passing(recipe: TrainRecipe, sizes: Sizes, shards: int, max_model_len: int)
 def _vllm_gpu(recipe: TrainRecipe, sizes: Sizes, machine: Machine, max_model_len: int) -> Place:
     """A GPU of an engine: what vLLM may take, and what weights and one forward pass leave of it to the KV cache."""
     rollout = recipe.rollout
-    b, tp = ELEMENT_BYTES[recipe.policy.precision], rollout.tensor_parallel
-    w = _sent_bytes(recipe)
     room = rollout.gpu_memory_utilization * machine.gpu_bytes
-    weights = Part("weights", w * sizes.total / tp, f"{w} bytes x {sizes.total / 1e9:.3f}e9 parameters / {tp}")
-    work = b * VLLM_BATCH_TOKENS * sizes.kept_layer / tp + 8 * rollout.slots * sizes.vocabulary
-    formula = f"b x {VLLM_BATCH_TOKENS} tokens x outputs of a layer / {tp} + 2 x 4 bytes x {rollout.slots} slots x V"
-    token = b * sizes.kv_token / min(tp, sizes.kv_split)
-    sequence = token * _blocks(max_model_len, VLLM_BLOCK["cuda"])
-    # One sequence has to fit; slots that do not fit at full length wait, or vLLM computes them again.
-    fitting = min(max(int((room - weights.bytes - work) // sequence), 1), rollout.slots)
+    weights, work = _vllm_weights_and_work(recipe, sizes)
+    fitting = fitting_slots(recipe, sizes, machine, max_model_len)
     some = f"{fitting} of {rollout.slots} slots" if fitting < rollout.slots else f"{fitting} slots"
-    formula_kv = f"{token:,.0f} bytes x {_blocks(max_model_len, VLLM_BLOCK['cuda'])} tokens at full length x {some}"
-    return Place(
-        f"{engine_gpus(recipe)} of {machine.gpus * machine.nodes} GPUs sample; of each vLLM may take "
-        f"{rollout.gpu_memory_utilization:g} x {machine.gpu_bytes / GB:.1f} GB",
-        room,
-        (weights, Part("one forward pass", work, formula), Part("KV cache", fitting * sequence, formula_kv)),
-    )
+    tokens = _blocks(max_model_len, VLLM_BLOCK["cuda"])
+    token = _kv_token_bytes(recipe, sizes)
+    cache = Part("KV cache", fitting * token * tokens, f"{token:,.0f} bytes x {tokens} tokens at full length x {some}")
+    name = f"{engine_gpus(recipe)} of {machine.gpus * machine.nodes} GPUs sample; of each vLLM may take "
+    return Place(f"{name}{rollout.gpu_memory_utilization:g} x {machine.gpu_bytes / GB:.1f} GB", room, (weights, work, cache))
+
+
+def _vllm_weights_and_work(recipe: TrainRecipe, sizes: Sizes) -> tuple[Part, Part]:
+    tp, slots = recipe.rollout.tensor_parallel, recipe.rollout.slots
+    b, w = ELEMENT_BYTES[recipe.policy.precision], sent_bytes(recipe)
+    weights = Part("weights", w * sizes.total / tp, f"{w} bytes x {sizes.total / 1e9:.3f}e9 parameters / {tp}")
+    work = b * VLLM_BATCH_TOKENS * sizes.kept_layer / tp + 8 * slots * sizes.vocabulary
+    formula = f"b x {VLLM_BATCH_TOKENS} tokens x outputs of a layer / {tp} + 2 x 4 bytes x {slots} slots x V"
+    return weights, Part("one forward pass", work, formula)
+
+
+def _kv_token_bytes(recipe: TrainRecipe, sizes: Sizes) -> float:
+    """Of a token on each GPU of a vLLM engine."""
+    return ELEMENT_BYTES[recipe.policy.precision] * sizes.kv_token / min(recipe.rollout.tensor_parallel, sizes.kv_split)
+
+
+def fitting_slots(recipe: TrainRecipe, sizes: Sizes, machine: Machine, max_model_len: int) -> int:
+    """Sequences of full length that an engine has room for; what does not fit waits, or vLLM computes it again. One has to fit."""
+    room = recipe.rollout.gpu_memory_utilization * machine.gpu_bytes - sum(p.bytes for p in _vllm_weights_and_work(recipe, sizes))
+    sequence = _kv_token_bytes(recipe, sizes) * _blocks(max_model_len, VLLM_BLOCK["cuda"])
+    return min(max(int(room // sequence), 1), recipe.rollout.slots)
 
 
 def _hf_engines(recipe: TrainRecipe, sizes: Sizes, max_model_len: int) -> list[Part]:
     b, rollout = ELEMENT_BYTES[recipe.policy.precision], recipe.rollout
-    engines, w = rollout.engines, _sent_bytes(recipe)
+    engines, w = rollout.engines, sent_bytes(recipe)
     cache = b * sizes.kv_token * max_model_len * rollout.group_size * engines
     return [
         Part("engines: weights", w * sizes.total * engines, f"{w} bytes x {sizes.total / 1e9:.3f}e9 parameters x {engines}"),
@@ -313,14 +285,14 @@ def _ram(recipe: TrainRecipe, sizes: Sizes, machine: Machine, learner: list[Part
         cache = max(min(rollout.slots * slot, CPU_KV_MAX_BYTES), 2 * slot)
         formula = f"{rollout.slots} slots x {slot:,} bytes at full length, at most 4 GiB, x {rollout.engines}"
         engines[1] = Part("engines: KV cache", cache * rollout.engines, formula)
-    file = Part("weight file", _sent_bytes(recipe) * sizes.total, "the policy once, in shared memory")
+    file = Part("weight file", sent_bytes(recipe) * sizes.total, "the policy once, in shared memory")
     return Place(
         f"this machine, {machine.ram_bytes / GB:.1f} GB free; {ranks} rank{'s' if ranks > 1 else ''} and {rollout.engines} "
         f"engine{'s' if rollout.engines > 1 else ''}", machine.ram_bytes, (*parts, *engines, file),
     )  # fmt: skip
 
 
-def _sent_bytes(recipe: TrainRecipe) -> int:
+def sent_bytes(recipe: TrainRecipe) -> int:
     """Of a weight as engines have it: an adapter is merged into values, which are no codes."""
     bytes_of = WEIGHT_BYTES if recipe.policy.lora is None else ELEMENT_BYTES
     return bytes_of[recipe.policy.precision]

@@ -135,6 +135,8 @@ def check_trackers(recipe: TrainRecipe) -> None:
 
 
 def check_engine(recipe: TrainRecipe) -> None:
+    if recipe.rollout.placement == "ray":
+        raise InputError("rollout.placement: 'ray' is not there yet, but for a dry run; take split or colocate")
     if recipe.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise InputError(
             "rollout.engine: vllm is not installed; `make install` (CPU) or `make install EXTRA=gpu` brings it, or set rollout.engine=hf"
@@ -143,6 +145,8 @@ def check_engine(recipe: TrainRecipe) -> None:
 
 def check_gpus(rollout: RolloutConfig, gpus: int) -> None:
     """gpus: of the node that the engines are on; 0 is a CPU machine. Engines in the learner's process (hf) need none of their own."""
+    if rollout.placement == "ray":
+        return
     needed = rollout.engines * rollout.tensor_parallel
     if rollout.engine == "vllm" and 0 < gpus < needed:
         raise InputError(

@@ -265,7 +265,7 @@ def bf16_masters_of_an_fp32_policy(inputs):
     inputs.set("learner.optimizer.masters=bf16")
 
 
-@bad("rollout.placement", "'ray'", "does not have it yet", early=True)
+@bad("rollout.placement", "'ray' is not there yet", "take split or colocate")
 def a_placement_that_is_not_there_yet(inputs):
     inputs.set("rollout.placement=ray")
 

@@ -21,7 +21,8 @@ from data.recipe import InputError, parse
 from rl.advantage import group_advantage
 from rl.attention import layout_of
 from rl.config import AdvantageConfig, LossConfig, TrainRecipe
-from rl.estimate import GB, KEPT, Machine, Place, learner_ranks, pass_tokens, places, sizes_of
+from rl.estimate import GB, KEPT, Machine, Place, learner_ranks, pass_tokens, places
+from rl.sizes import sizes_of
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 QWEN3_30B = CHECKOUT / "recipes" / "configs" / "qwen3_30b_a3b.json"
@@ -121,13 +122,25 @@ def test_a_recipe_that_cannot_fit_says_by_how_much(
 ) -> None:
     assert dry_run(monkeypatch, rl.train, "recipes/gsm8k_8gpu.yaml") == 0
     assert "memory: fits" in capsys.readouterr().out
-    assert dry_run(monkeypatch, rl.train, "recipes/gsm8k_8gpu.yaml", "hardware.gpus=7") == 0
+    assert dry_run(monkeypatch, rl.train, "recipes/gsm8k_8gpu.yaml", "hardware.gpus=6") == 0
     out = capsys.readouterr().out
-    assert "does not fit, 3.22 GB too much" in out and "memory: does not fit; what helps: more GPUs" in out
+    assert "does not fit, 5.25 GB too much" in out and "memory: does not fit; what helps: more GPUs" in out
     assert dry_run(monkeypatch, rl.train, "recipes/gsm8k_8gpu.yaml", "rollout.engines=8") == 0
     assert "memory: does not fit: rollout: 8 engines on 1 GPUs each leave none of 8 to the learner" in capsys.readouterr().out
     assert dry_run(monkeypatch, rl.train, "recipes/gsm8k_8gpu.yaml", "rollout.engines=5", "rollout.tensor_parallel=2") == 2
     assert "need 10 GPUs, and there are 8; lower one of the two" in capsys.readouterr().err
+
+
+def test_deepseek_v3_says_what_it_lacks(fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry_run(monkeypatch, rl.train, "recipes/deepseek_v3_512gpu.yaml") == 0
+    out = capsys.readouterr().out
+    assert "256 of 512 GPUs learn" in out and "together                   208.367 GB   does not fit, 128.37 GB too much" in out
+    assert "256 of 512 GPUs sample" in out and "fits, 1.75 GB are left" in out
+    assert (
+        "experts spread over 32 GPUs, 2.70 GB would be left on each that learns: transformers has that (DistributedConfig(ep_size=32))"
+        in out
+    )
+    assert "time: 393 s a step" in out and "16.10 TB of weights and gradients through each GPU" in out
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
@@ -170,8 +183,9 @@ def test_parts_of_a_learner_gpu_add_up_by_hand() -> None:
     learner, engine = places(recipe, sizes, EIGHT, 1408)
     assert (learner_ranks(recipe, EIGHT), learner.room_bytes, engine.room_bytes) == (7, 80 * GB, pytest.approx(0.92 * 80 * GB))
     found = parts(learner)
-    state = [found.pop(name) for name in ("weights, bf16", "masters, fp32", "gradients, fp32", "two moments, bf16")]
-    assert sum(state) == pytest.approx((2 + 4 + 4 + 2 + 2) * 30_532_122_624 / 7)
+    # FSDP2 keeps masters alone; a layer's BF16 weights are made of them where it is gathered.
+    state = [found.pop(name) for name in ("weights, fp32 masters", "gradients, fp32", "two moments, bf16")]
+    assert sum(state) == pytest.approx((4 + 4 + 2 + 2) * 30_532_122_624 / 7)
     layer = (30_532_122_624 - sizes.root) / 48
     assert found.pop("gathered") == pytest.approx(2 * (2 * sizes.root + 3 * layer))
     tokens = 384 + 8 * 1023  # the longest group; micro_tokens is less
@@ -214,14 +228,14 @@ def test_an_adapter_has_state_and_frozen_weights_have_none() -> None:
 def test_a_kl_term_keeps_a_reference_unless_there_is_an_adapter() -> None:
     sizes = sizes_of(QWEN3_30B)
     found = parts(places(gsm8k(loss__kl_coef=0.1), sizes, EIGHT, 1408)[0])
-    assert found["reference"] == 2 * sizes.total / 7
+    assert found["reference"] == 4 * sizes.total / 7, "sharded like the policy, as FP32"
 
 
 def test_engines_split_weights_and_leave_fewer_gpus_to_the_learner() -> None:
     recipe = gsm8k(rollout__engines=2, rollout__tensor_parallel=2)
     learner, engine = places(recipe, sizes_of(QWEN3_30B), EIGHT, 1408)
     assert learner_ranks(recipe, EIGHT) == 4
-    assert parts(learner)["masters, fp32"] == 4 * 30_532_122_624 / 4
+    assert parts(learner)["weights, fp32 masters"] == 4 * 30_532_122_624 / 4
     assert parts(engine)["weights"] == 30_532_122_624
     assert "4 of 8 GPUs sample" in engine.name
 
@@ -234,6 +248,33 @@ def test_on_a_cpu_every_rank_holds_the_whole_learner(tmp_path: Path) -> None:
     shared = sum(part.bytes for part in one.parts if part.name.startswith("engines") or part.name == "weight file")
     assert two.used_bytes - shared == pytest.approx(2 * (one.used_bytes - shared))
     assert "gathered" not in parts(one) and "attention scores" not in parts(one)
+
+
+def test_in_turns_a_gpu_holds_engine_and_learner_and_the_optimizer_goes_where_it_has_to() -> None:
+    n = 30_532_122_624
+    sizes = sizes_of(QWEN3_30B)
+
+    def turns(share: float, **moments: str) -> tuple[Place, Place]:
+        recipe = gsm8k(
+            rollout__placement="colocate", rollout__weights="file", rollout__engines=4, rollout__tensor_parallel=2,
+            rollout__gpu_memory_utilization=share, learner__optimizer=moments,
+        )  # fmt: skip
+        assert learner_ranks(recipe, EIGHT) == 8
+        learning, sampling = places(recipe, sizes, EIGHT, 1408)
+        return learning, sampling
+
+    learning, sampling = turns(0.55, moments="fp32")
+    assert "30.53 GB of optimizer state are in host memory" in sampling.name
+    found = parts(sampling)
+    assert found["learner: weights, fp32 masters"] == 4 * n / 8 and not any("moments" in name for name in found)
+    assert found["engine: weights"] == 2 * n / 2
+    assert sum(bytes for name, bytes in found.items() if name.startswith("engine")) == pytest.approx(0.55 * 80 * GB)
+    assert sampling.left_bytes == pytest.approx((1 - 0.55) * 80 * GB - 4 * n / 8 - 3 * GB)
+    assert parts(learning)["two moments, fp32"] == 8 * n / 8 and "two processes" in parts(learning)
+
+    stays = turns(0.55, moments="bf16", betas=(0.9, 0.95))[1]  # type: ignore[arg-type]
+    assert "the optimizer's state stays" in stays.name and parts(stays)["learner: two moments, bf16"] == 4 * n / 8
+    assert turns(0.8, moments="fp32")[1].left_bytes < 0, "masters and engine do not fit beside each other"
 
 
 def test_a_pass_is_as_long_as_its_longest_group_or_micro_tokens() -> None:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -106,27 +108,31 @@ def test_groups_cross_between_ranks_bit_by_bit() -> None:
                 assert same, name
 
 
+def tiny_run(folder: Path, policy: Path, name: str) -> Path:
+    """A recipe of four steps."""
+    (folder / "plugin.py").write_text("def zeros(completions, **columns):\n    return [t.count('5') + 0.1 * len(t) for t in completions]\n")
+    (folder / "prompts.jsonl").write_text("".join(f'{{"prompt": "{a}{b}"}}\n' for a in "0123" for b in "456"))
+    recipe = {
+        "run": {"name": name, "output_dir": str(folder)}, "policy": {"path": str(policy)},
+        "prompts": {"path": str(folder / "prompts.jsonl")},
+        "rollout": {"engine": "hf", "group_size": 4, "max_tokens": 5},
+        "rewards": {"plugins": [f"{folder / 'plugin.py'}:zeros"], "parts": [{"name": "zeros"}]},
+        "learner": {"steps": 4, "prompts_per_step": 4, "lr": 1e-3, "warmup_steps": 0, "threads": 1},
+        "eval": {"every": 0}, "checkpoint": {"every": 2},
+    }  # fmt: skip
+    (folder / f"{name}.yaml").write_text(json.dumps(recipe))
+    return folder / f"{name}.yaml"
+
+
 @pytest.mark.parametrize("sharding", [{}, FSDP2], ids=["replicated", "sharded"])
 def test_a_run_on_two_ranks_ends_as_on_one_and_goes_on_after_a_stop(policy: Path, tmp_path: Path, sharding: dict[str, str]) -> None:
     """Replicated: as one rank, but for rounding. Sharded: stopped after step 2 and resumed, the same bits."""
-    (tmp_path / "plugin.py").write_text(
-        "def zeros(completions, **columns):\n    return [t.count('5') + 0.1 * len(t) for t in completions]\n"
-    )
-    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{a}{b}"}}\n' for a in "0123" for b in "456"))
 
     def run(name: str, ranks: int, *overrides: str) -> dict[str, torch.Tensor]:
-        recipe = {
-            "run": {"name": name, "output_dir": str(tmp_path)}, "policy": {"path": str(policy)},
-            "prompts": {"path": str(tmp_path / "prompts.jsonl")},
-            "rollout": {"engine": "hf", "group_size": 4, "max_tokens": 5},
-            "rewards": {"plugins": [f"{tmp_path / 'plugin.py'}:zeros"], "parts": [{"name": "zeros"}]},
-            "learner": {"steps": 4, "prompts_per_step": 4, "lr": 1e-3, "warmup_steps": 0, "threads": 1},
-            "eval": {"every": 0}, "checkpoint": {"every": 2},
-        }  # fmt: skip
-        (tmp_path / f"{name}.yaml").write_text(json.dumps(recipe))
+        recipe = tiny_run(tmp_path, policy, name)
         launch = TORCHRUN if ranks > 1 else []
         done = subprocess.run(
-            [sys.executable, *launch, "-m", "rl.train", str(tmp_path / f"{name}.yaml"), *overrides],
+            [sys.executable, *launch, "-m", "rl.train", str(recipe), *overrides],
             env={**os.environ, "PYTHONPATH": str(HERE.parent.parent), "OMP_NUM_THREADS": "1", **(sharding if ranks > 1 else {})},
             capture_output=True, text=True, timeout=300,
         )  # fmt: skip
@@ -143,3 +149,33 @@ def test_a_run_on_two_ranks_ends_as_on_one_and_goes_on_after_a_stop(policy: Path
         run("two", 2, f"run.output_dir={tmp_path / 'again'}", f"learner.steps={steps}")
     again = load_file(tmp_path / "again" / "two" / "final" / "model.safetensors")
     assert all(torch.equal(two[k], again[k]) for k in two)
+
+
+@pytest.mark.slow
+def test_two_nodes_end_with_the_weights_of_two_ranks_of_one(policy: Path, tmp_path: Path) -> None:
+    """Two agents with the accelerate config for two nodes, on one machine; engine and learner take turns, as a node has it to itself."""
+    path, environment = tiny_run(tmp_path, policy, "nodes"), {**os.environ, "PYTHONPATH": str(HERE.parent.parent), "OMP_NUM_THREADS": "1"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = HERE.parent.parent / "recipes" / "accelerate_2nodes.yaml"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2", "--main_process_port", str(port)]
+    train = ["-m", "rl.train", str(path), "rollout.placement=colocate"]
+    with ExitStack() as stack:
+        agents = []
+        for node in ("0", "1"):
+            out = stack.enter_context((tmp_path / f"node-{node}.txt").open("w"))
+            command = [sys.executable, *launch, "--machine_rank", node, *train]
+            agents.append(subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT))
+            stack.callback(agents[-1].kill)
+        codes = [agent.wait(timeout=400) for agent in agents]
+    said = [(tmp_path / f"node-{node}.txt").read_text() for node in ("0", "1")]
+    assert codes == [0, 0], said
+    assert "step 4/4" in said[0] and "step" not in said[1], "the first rank alone speaks, and it is on the first node"
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, "-m", "rl.train", str(path), f"run.output_dir={tmp_path / 'one'}"],
+        env=environment | FSDP2, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-1500:]
+    two, one = (load_file(folder / "nodes" / "final" / "model.safetensors") for folder in (tmp_path, tmp_path / "one"))
+    assert two.keys() == one.keys() and all(torch.equal(two[k], one[k]) for k in two)
