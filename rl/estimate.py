@@ -41,6 +41,8 @@ MASTERS_BESIDE = "masters, fp32"
 """The part that masters are where they are not the weights themselves; they then belong to the optimizer's state."""
 TWO_PROCESSES_BYTES = 3e9
 """Of a GPU that two processes share: their CUDA contexts, and what NCCL and the libraries keep. Assumed, not measured."""
+GATHERED_BYTES = 6
+"""Of an element of the one tensor that a sharded learner gathers for a checkpoint: FP32, and what it is saved in."""
 CPU_KV_MAX_BYTES = 4 << 30
 """As in rl.engines.vllm_worker: more than this a vLLM engine on a CPU does not take for its KV cache."""
 
@@ -163,7 +165,10 @@ def _turns(recipe: TrainRecipe, sizes: Sizes, machine: Machine, learner: list[Pa
 
 def resident_and_parked(recipe: TrainRecipe, sizes: Sizes, machine: Machine) -> tuple[list[Part], list[Part]]:
     """Of a colocated learner: what stays on its GPU while engines sample, and what goes to host memory, if it has to."""
-    state = [part for part in _state(recipe, sizes, learner_ranks(recipe, machine)) if not part.name.startswith("gradients")]
+    ranks = learner_ranks(recipe, machine)
+    state = [part for part in _state(recipe, sizes, ranks) if not part.name.startswith("gradients")]
+    if ranks > 1:
+        state.append(Part("a tensor for a checkpoint", GATHERED_BYTES * sizes.largest, f"{GATHERED_BYTES} bytes x the largest"))
     if beside(sum(part.bytes for part in state), recipe.rollout.gpu_memory_utilization, machine.gpu_bytes):
         return state, []
     parked = [part for part in state if part.name == MASTERS_BESIDE or part.name.startswith("two moments")]

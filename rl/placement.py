@@ -11,7 +11,8 @@ What the learner keeps on the GPU are its weights. Its optimizer's moments and m
 stand still, and that is all. None of this has run on a GPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -20,7 +21,7 @@ from data.values import Group
 from rl.config import RolloutConfig
 from rl.engines.base import Engine
 from rl.engines.weights import Exporter, Manifest
-from rl.estimate import beside
+from rl.estimate import GATHERED_BYTES, beside
 from rl.learner import Learner
 from rl.ranks import Ranks
 from rl.stream import GroupStream, SharedStream
@@ -38,7 +39,10 @@ class Turns:
         """Whether there is a GPU on which room has to be made."""
         room = torch.cuda.get_device_properties(device).total_memory if self.frees else 0
         state = [tensor for tensors in self.optim.state.values() for tensor in tensors.values()]
-        resident = sum(map(local_bytes, [*learner.model.parameters(), *state]))
+        parameters = list(learner.model.parameters())
+        resident = sum(map(local_bytes, [*parameters, *state]))
+        if learner.sharded is not None:  # a checkpoint gathers one tensor after the other, in the engines' turn
+            resident += GATHERED_BYTES * max(p.numel() for p in parameters)
         self.offloads = self.frees and not beside(resident, rollout.gpu_memory_utilization, room)
 
     def learner_begins(self) -> None:
@@ -73,6 +77,18 @@ class ColocatedStream(SharedStream):
         return groups
 
 
+@dataclass(frozen=True)
+class LastWords:
+    """The learner's export, with which its turn ends."""
+
+    learner: Exporter
+    turns: Turns
+
+    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.learner.export()
+        self.turns.learner_ends()  # after what was gathered for it
+
+
 class ColocatedSync(WeightSync):
     """Engines get room for their weights before an update, and for their KV caches after it."""
 
@@ -81,8 +97,7 @@ class ColocatedSync(WeightSync):
         self.turns = turns
 
     def push(self, learner: Exporter, version: int) -> None:
-        self.turns.learner_ends()
-        super().push(learner, version)
+        super().push(LastWords(learner, self.turns), version)
 
     def _load(self, engine: Engine) -> None:
         engine.wake("weights")

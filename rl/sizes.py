@@ -44,6 +44,8 @@ class Sizes:
     """K: of these for a token."""
     attention: int
     """Products of a query with a key and of its weight with a value, in all layers and heads: scalars for each pair of tokens."""
+    largest: int
+    """Of the largest tensor."""
     root: int
     """Parameters outside of the layers: embedding, head, last norm."""
     kept_layer: int
@@ -67,11 +69,12 @@ def sizes_of(config_file: Path, lora: LoraConfig | None = None) -> Sizes:
     chosen = getattr(config, "num_experts_per_tok", 0)
     layers: dict[int, list[int]] = {}
     routed: dict[int, int] = {}
-    total = active = root = experts = 0
+    total = active = root = experts = largest = 0
     for name, parameter in model.named_parameters():
         n = parameter.numel()
         expert = ".experts." in name
         total += n
+        largest = max(largest, n)
         active += n * chosen // parameter.shape[0] if expert else n
         inside = re.search(r"\.layers\.(\d+)\.", name)
         if inside is None:
@@ -86,7 +89,7 @@ def sizes_of(config_file: Path, lora: LoraConfig | None = None) -> Sizes:
     kv_token, kv_split = _kv(config)
     return Sizes(
         total=total, active=active, adapter=_adapter(model, lora), layers=len(layers), hidden=config.hidden_size,
-        vocabulary=config.vocab_size, root=root, layer=max(n for n, _ in layers.values()),
+        vocabulary=config.vocab_size, root=root, largest=largest, layer=max(n for n, _ in layers.values()),
         expert_layer=max(routed.values(), default=0), routed=sum(routed.values()), expert_layers=len(routed), experts=experts,
         chosen=chosen, attention=_attention(config),
         kept_layer=max(kept for _, kept in layers.values()), kept_layers=sum(kept for _, kept in layers.values()),

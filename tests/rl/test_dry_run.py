@@ -269,7 +269,7 @@ def test_in_turns_a_gpu_holds_engine_and_learner_and_the_optimizer_goes_where_it
     assert found["learner: weights, fp32 masters"] == 4 * n / 8 and not any("moments" in name for name in found)
     assert found["engine: weights"] == 2 * n / 2
     assert sum(bytes for name, bytes in found.items() if name.startswith("engine")) == pytest.approx(0.55 * 80 * GB)
-    assert sampling.left_bytes == pytest.approx((1 - 0.55) * 80 * GB - 4 * n / 8 - 3 * GB)
+    assert sampling.left_bytes == pytest.approx((1 - 0.55) * 80 * GB - 4 * n / 8 - 6 * 128 * 1536 * 2048 - 3 * GB)
     assert parts(learning)["two moments, fp32"] == 8 * n / 8 and "two processes" in parts(learning)
 
     stays = turns(0.55, moments="bf16", betas=(0.9, 0.95))[1]  # type: ignore[arg-type]

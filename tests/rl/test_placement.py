@@ -154,7 +154,7 @@ class Sharing:
     def __init__(self, gpu: Gpu, engines: Sequence[SleepyEngine]):
         self.gpu = gpu
         ranks = Ranks()
-        learner: Any = SimpleNamespace(optim=Optimizer(gpu), ranks=ranks, model=SimpleNamespace(parameters=list))
+        learner: Any = SimpleNamespace(optim=Optimizer(gpu), ranks=ranks, model=SimpleNamespace(parameters=list), sharded=None)
         turns = Turns(learner, RolloutConfig(placement="colocate"))
         turns.offloads, turns.ranks = True, SimpleNamespace(device="cuda", barrier=lambda: None)  # type: ignore[assignment]
         turns.learner_ends()  # as open_run: before engines start
