@@ -23,7 +23,7 @@ from data.recipe import InputError, resolved_yaml
 from data.values import Prompt
 from rl.command import main_rank
 from rl.config import TrainRecipe
-from rl.estimate import GB, Machine, Place, learner_ranks, machine_of, pass_tokens, places, sent_bytes
+from rl.estimate import GB, Machine, Place, colocated_share, learner_ranks, machine_of, pass_tokens, places, sent_bytes
 from rl.inputs import (
     check_engine,
     check_gpus,
@@ -280,7 +280,21 @@ def memory(recipe: TrainRecipe, sizes: Sizes | None, machine: Machine, longest: 
             verdict += _spread(recipe, sizes, machine, longest)
     else:
         verdict = "fits, where what is left holds the programs, CUDA contexts, NCCL's buffers and fragmentation"
-    return "\n".join([head, *map(_place, found), f"memory: {verdict}"])
+    return "\n".join([head, *map(_place, found), f"memory: {verdict}", *_other_placement(recipe, sizes, machine, longest)])
+
+
+def _other_placement(recipe: TrainRecipe, sizes: Sizes, machine: Machine, longest: int) -> list[str]:
+    """Whether the placement that the recipe did not take would fit."""
+    rollout = recipe.rollout
+    if not machine.gpus or rollout.engine != "vllm" or rollout.placement == "ray":
+        return []
+    if rollout.placement == "split":
+        shares = colocated_share(recipe, sizes, machine, longest)
+        what = f"fits with rollout.gpu_memory_utilization from {shares[0]:.2f} to {shares[1]:.2f}" if shares else "does not fit"
+        return [f"memory: placement colocate {what}"]
+    split = recipe.model_copy(update={"rollout": rollout.model_copy(update={"placement": "split"})})
+    alone = learner_ranks(split, machine) > 0 and all(place.left_bytes >= 0 for place in places(split, sizes, machine, longest))
+    return [f"memory: placement split {'fits' if alone else 'does not fit'}"]
 
 
 def _spread(recipe: TrainRecipe, sizes: Sizes, machine: Machine, longest: int) -> str:

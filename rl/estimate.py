@@ -144,22 +144,19 @@ def places(recipe: TrainRecipe, sizes: Sizes, machine: Machine, max_model_len: i
 
 
 def _turns(recipe: TrainRecipe, sizes: Sizes, machine: Machine, learner: list[Part], engine: Place) -> list[Place]:
-    """A shared GPU twice: in the learner's turn, and in the engine's beside what the learner keeps (`rl/placement.py`)."""
+    """A shared GPU: in the learner's turn; the engine in its share; and the share beside what the learner keeps (`rl/placement.py`)."""
     contexts = Part("two processes", TWO_PROCESSES_BYTES, "CUDA contexts and buffers, assumed")
     resident, away = resident_and_parked(recipe, sizes, machine)
     kept = [Part(f"learner: {part.name}", part.bytes, part.formula) for part in resident]
-    sampling = [Part(f"engine: {part.name}", part.bytes, part.formula) for part in engine.parts[:-1]]
-    # vLLM takes its share whole, whatever its slots need; one sequence has to fit.
-    least, share = engine.parts[-1].bytes, f"{recipe.rollout.gpu_memory_utilization:g} x {machine.gpu_bytes / GB:.1f} GB"
-    rest = max(engine.room_bytes - sum(part.bytes for part in sampling), least)
-    sampling.append(Part("engine: KV cache", rest, f"the rest of {share}; of use are {least / GB:.2f} GB"))
+    share = Part("engine: its share", engine.room_bytes, f"{recipe.rollout.gpu_memory_utilization:g} x {machine.gpu_bytes / GB:.1f} GB")
     gpus = machine.gpus * machine.nodes
     goes = (
         f"{sum(part.bytes for part in away) / GB:.2f} GB of optimizer state are in host memory" if away else "the optimizer's state stays"
     )
     return [
         Place(f"{gpus} GPUs in the learner's turn; on each", machine.gpu_bytes, (*learner, contexts)),
-        Place(f"{engine_gpus(recipe)} of them in the engines' turn, {goes}; on each", machine.gpu_bytes, (*kept, *sampling, contexts)),
+        engine,
+        Place(f"{engine_gpus(recipe)} of them in the engines' turn, {goes}; on each", machine.gpu_bytes, (*kept, share, contexts)),
     ]
 
 
@@ -173,6 +170,19 @@ def resident_and_parked(recipe: TrainRecipe, sizes: Sizes, machine: Machine) -> 
         return state, []
     parked = [part for part in state if part.name == MASTERS_BESIDE or part.name.startswith("two moments")]
     return [part for part in state if part not in parked], parked
+
+
+def colocated_share(recipe: TrainRecipe, sizes: Sizes, machine: Machine, max_model_len: int) -> tuple[float, float] | None:
+    """The `gpu_memory_utilization` that an engine needs under `placement: colocate`, and the most that it may; None if nothing fits."""
+    rollout = recipe.rollout.model_copy(update={"placement": "colocate", "gpu_memory_utilization": 1.0})
+    recipe = recipe.model_copy(update={"rollout": rollout})
+    if rollout.engines * rollout.tensor_parallel > machine.gpus or places(recipe, sizes, machine, max_model_len)[0].left_bytes < 0:
+        return None
+    kept = sum(part.bytes for part in resident_and_parked(recipe, sizes, machine)[0]) + TWO_PROCESSES_BYTES
+    sequence = _kv_token_bytes(recipe, sizes) * _blocks(max_model_len, VLLM_BLOCK["cuda"])
+    least = (sum(part.bytes for part in _vllm_weights_and_work(recipe, sizes)) + sequence) / machine.gpu_bytes
+    most = 1 - kept / machine.gpu_bytes
+    return (least, most) if least <= most else None
 
 
 # --- the learner ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from data.recipe import InputError, parse
 from rl.advantage import group_advantage
 from rl.attention import layout_of
 from rl.config import AdvantageConfig, LossConfig, TrainRecipe
-from rl.estimate import GB, KEPT, Machine, Place, learner_ranks, pass_tokens, places
+from rl.estimate import GB, KEPT, Machine, Place, colocated_share, learner_ranks, pass_tokens, places
 from rl.sizes import sizes_of
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -260,21 +260,36 @@ def test_in_turns_a_gpu_holds_engine_and_learner_and_the_optimizer_goes_where_it
             rollout__gpu_memory_utilization=share, learner__optimizer=moments,
         )  # fmt: skip
         assert learner_ranks(recipe, EIGHT) == 8
-        learning, sampling = places(recipe, sizes, EIGHT, 1408)
+        learning, engine, sampling = places(recipe, sizes, EIGHT, 1408)
+        assert parts(engine)["weights"] == 2 * n / 2 and engine.room_bytes == parts(sampling)["engine: its share"] == share * 80 * GB
         return learning, sampling
 
     learning, sampling = turns(0.55, moments="fp32")
     assert "30.53 GB of optimizer state are in host memory" in sampling.name
     found = parts(sampling)
     assert found["learner: weights, fp32 masters"] == 4 * n / 8 and not any("moments" in name for name in found)
-    assert found["engine: weights"] == 2 * n / 2
-    assert sum(bytes for name, bytes in found.items() if name.startswith("engine")) == pytest.approx(0.55 * 80 * GB)
     assert sampling.left_bytes == pytest.approx((1 - 0.55) * 80 * GB - 4 * n / 8 - 6 * 128 * 1536 * 2048 - 3 * GB)
     assert parts(learning)["two moments, fp32"] == 8 * n / 8 and "two processes" in parts(learning)
 
     stays = turns(0.55, moments="bf16", betas=(0.9, 0.95))[1]  # type: ignore[arg-type]
     assert "the optimizer's state stays" in stays.name and parts(stays)["learner: two moments, bf16"] == 4 * n / 8
     assert turns(0.8, moments="fp32")[1].left_bytes < 0, "masters and engine do not fit beside each other"
+
+
+def test_the_share_of_an_engine_in_turns_lies_between_its_weights_and_the_learners() -> None:
+    sizes, recipe = sizes_of(QWEN3_30B), gsm8k(rollout__engines=4, rollout__tensor_parallel=2, rollout__slots=1)
+    shares = colocated_share(recipe, sizes, EIGHT, 1408)
+    assert shares is not None
+    least, most = shares
+    for share, fits in ((least - 0.001, False), (least + 0.001, True), (most - 0.001, True), (most + 0.001, False)):
+        turns = gsm8k(
+            rollout__engines=4, rollout__tensor_parallel=2, rollout__placement="colocate", rollout__weights="file",
+            rollout__gpu_memory_utilization=share, rollout__slots=1,
+        )  # fmt: skip
+        assert all(place.left_bytes >= 0 for place in places(turns, sizes, EIGHT, 1408)) == fits, share
+    assert colocated_share(gsm8k(rollout__engines=1), sizes, EIGHT, 1408) is None, (
+        "the weights of an engine and masters are too much for one"
+    )
 
 
 def test_a_pass_is_as_long_as_its_longest_group_or_micro_tokens() -> None:
