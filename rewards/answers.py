@@ -14,6 +14,10 @@ from rewards.text import answer_text
 
 _MARKERS = re.compile(r"####|\b(?i:answer)\W{0,3}:|(?<![\w&])A:")
 
+_BETWEEN = re.compile(
+    r"[\s$]*(?:\\\)|\\\])?\s*(?:,|;|,?\s*\b(?:and|or)\b|\\text\s*\{\s*(?:and|or)\s*\})\s*(?:\\\(|\\\[)?[\s$]*(?:[a-zA-Z]\s*=\s*)?"
+)
+"""Between two boxes that are one answer."""
 _BOX = re.compile(r"\\f?box(?:ed)?(?:\s*\{|\s+(?P<word>[^\s{}$]+))")
 
 
@@ -67,15 +71,29 @@ def _gold(name: str, gold: Any) -> str:
 
 
 def last_box(text: str) -> str | None:
-    """What the last `\\boxed{…}` (or `\\fbox{…}`) of a text holds, with balanced braces; of `\\boxed 5`, the next word."""
+    """What the last `\\boxed{…}` (or `\\fbox{…}`) of a text holds, with balanced braces; of `\\boxed 5`, the next word.
+
+    Boxes with nothing but `,`, `and` or `or` between them are one answer: a list, whether it was asked for or is a guess.
+    """
     found = list(_BOX.finditer(text))
-    if not found:
-        return None
-    if found[-1]["word"]:
-        return found[-1]["word"]
-    depth, start = 1, found[-1].end()
+    inside: list[str] = []
+    begins = len(text)
+    for box in reversed(found):
+        start, end = box.span("word") if box["word"] else (box.end(), _closing(text, box.end()))
+        if end is None:
+            return ", ".join(inside) or None
+        if inside and not _BETWEEN.fullmatch(text, end + (not box["word"]), begins):
+            break
+        inside.insert(0, text[start:end])
+        begins = box.start()
+    return ", ".join(inside) if found else None
+
+
+def _closing(text: str, start: int) -> int | None:
+    """Where the brace closes that was opened before `start`."""
+    depth = 1
     for place in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[place], 0)
         if depth == 0:
-            return text[start:place]
+            return place
     return None

@@ -36,10 +36,11 @@ class Form:
 
 def compare_forms(answer: str, gold: str) -> Verdict:
     """The verdict on two texts, by what they say."""
-    one, other = form(plain(answer)), form(plain(gold))
-    if one is None or other is None:
+    try:
+        one, other = form(plain(answer)), form(plain(gold))
+        return Verdict.UNKNOWN if one is None or other is None else _compare(one, other)
+    except RecursionError:  # 400 minus signs
         return Verdict.UNKNOWN
-    return _compare(one, other)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -65,7 +66,8 @@ def form(text: str) -> Form | None:
         return None
     exact_side, about, approximation = text.partition(r"\approx")
     text = _IN.sub("", (exact_side.strip() or approximation) if about else text)
-    text = _FIGURE.sub(r"T_{\1}", text.replace("$", "")).strip()
+    text = text if text.count("$") == 1 else text.replace("$", "")  # one is a currency, two are maths
+    text = _FIGURE.sub(r"T_{\1}", text).strip()
     try:
         return _form(text)
     except Unreadable:
@@ -99,9 +101,12 @@ def _relation(text: str) -> Form:
     sides = _RELATION.split(text)
     if len(sides) > 1:
         return _inequality(sides) or Form("relation", tag="".join(text.split()))
-    ratio = re.fullmatch(r"(\d+(?:\s*:\s*\d+)+)\s*([a-zA-Z. ]*)", text)
+    ratio = re.fullmatch(r"(\d+(?:(?:\s*:\s*| to )\d+)+)\s*([a-zA-Z. ]*)", text)
     if ratio:
-        return Form("ratio", tuple(map(_scalar, ratio[1].split(":"))), tag=ratio[2].lower().replace(".", ""))
+        return Form("ratio", tuple(map(_scalar, re.split(":| to ", ratio[1]))), tag=ratio[2].lower().replace(".", ""))
+    hour = re.fullmatch(r"(\d{1,2})\s*([ap])\.?m\.?", text, re.IGNORECASE)
+    if hour:
+        return Form("ratio", (_scalar(hour[1]), _scalar("00")), tag=f"{hour[2].lower()}m")
     based = _BASED.fullmatch(text)
     if based:
         return Form("based", tag=f"{'-' * text.startswith('-')}{based[1].replace(' ', '').lstrip('0') or '0'}_{based[2]}")
@@ -141,6 +146,12 @@ def _inequality(sides: Sequence[str]) -> Form | None:
 
 
 def _scalar(text: str) -> Form:
+    found = _UNIT.fullmatch(text)
+    unit = unit_name(found["unit"].replace(".", "")) if found else None
+    if found and unit and re.fullmatch(r"[a-zA-Z]{2,}", found["value"]):
+        unit = None  # `no solution` is no product of n and o
+    if found and unit in MEASURES and re.search(r"\d", found["value"]):
+        return Form("scalar", tree=read(found["value"]), tag=unit + (found["power"] or ""))  # 18 cm^2, which reads as 18 c m^2 too
     try:
         return Form("scalar", tree=read(text))
     except Unreadable:
@@ -148,8 +159,6 @@ def _scalar(text: str) -> Form:
         if number is not None and not number.base:
             fraction = ("fraction", ("number", str(abs(number.value.numerator))), ("number", str(number.value.denominator)))
             return Form("scalar", tree=("negative", fraction) if number.value < 0 else fraction, tag=number.unit)
-        found = _UNIT.fullmatch(text)
-        unit = unit_name(found["unit"].replace(".", "")) if found else None
         if found is None or unit is None:
             raise
         return Form("scalar", tree=read(found["value"]), tag=unit + (found["power"] or ""))
@@ -245,11 +254,10 @@ def _compare_units(answer: Form, gold: Form) -> Verdict:
     verdict = compare_scalars(answer.tree, gold.tree)
     if answer.tree[0] == gold.tree[0] == "variable" and answer.tree[1].lower() == gold.tree[1].lower():
         return verdict if answer.tree == gold.tree else Verdict.UNKNOWN  # a choice may be meant, or a side and its point
-    if verdict is Verdict.EQUAL and answer.tag and gold.tag and answer.tag != gold.tag:
+    if verdict is not Verdict.UNKNOWN and answer.tag and gold.tag and answer.tag != gold.tag:
+        # 6 inches are not 6 cm, and 18 apples not 19 fruits; 60 minutes and 1 hour, 18 apples and 18 fruits cannot be told
         measured = {answer.tag.rstrip("23"), gold.tag.rstrip("23")} <= MEASURES
-        return Verdict.DIFFERENT if measured else Verdict.UNKNOWN
-    if verdict is Verdict.DIFFERENT and answer.tag != gold.tag and answer.tag and gold.tag:
-        return Verdict.UNKNOWN  # 60 minutes and 1 hour
+        return Verdict.DIFFERENT if (verdict is Verdict.EQUAL) == measured else Verdict.UNKNOWN
     return verdict
 
 
@@ -260,7 +268,16 @@ def _compare_equations(answer: Form, gold: Form) -> Verdict:
     names = [_name(left), _name(gold_left)]
     if None not in names and names[0] != names[1] and not variables(right.tree) | variables(gold_right.tree):
         return Verdict.UNKNOWN if _compare(right, gold_right) is Verdict.EQUAL else Verdict.DIFFERENT
-    return compare_equations((left.tree, right.tree), (gold_left.tree, gold_right.tree))
+    same = compare_equations((left.tree, right.tree), (gold_left.tree, gold_right.tree))
+    if same is Verdict.EQUAL and _is_solved(gold) and not _is_solved(answer):
+        return Verdict.UNKNOWN  # `2x = 10` may be the question itself
+    return same
+
+
+def _is_solved(equation: Form) -> bool:
+    """Whether it says what one variable is: `x = 5`, or `5 = x`."""
+    left, right = (side.tree for side in equation.items)
+    return (left[0] == "variable" and not variables(right)) or (right[0] == "variable" and not variables(left))
 
 
 def _compare_with_equation(answer: Form, gold: Form) -> Verdict:
@@ -298,12 +315,17 @@ def _compare_kinds(answer: Form, gold: Form) -> Verdict:
         return Verdict.DIFFERENT if same is Verdict.DIFFERENT else Verdict.UNKNOWN
     one, other = (answer, gold) if answer.kind == "scalar" else (gold, answer)
     if one.kind != "scalar":
+        if kinds == {"list", "words"}:  # `no real solutions` and the empty set
+            words, members = (one, other) if one.kind == "words" else (other, one)
+            return Verdict.UNKNOWN if not members.items and _NOTHING & set(words.tag.split()) else Verdict.DIFFERENT
         return Verdict.UNKNOWN if "relation" in kinds and kinds & {"tuple", "union"} else Verdict.DIFFERENT
     return Verdict.UNKNOWN if _hints_at(other, one) else Verdict.DIFFERENT
 
 
 def _hints_at(other: Form, scalar: Form) -> bool:
-    """Whether something that is no scalar may mean this one: 3:4 and 3/4, `October 30` and 30, 11_2 and 3."""
+    """Whether something that is no scalar may mean this one: 3:4 and 3/4, {5} and 5, `October 30` and 30, 11_2 and 3."""
+    if other.kind == "list" and len(other.items) == 1:
+        return _compare(other.items[0], scalar) is not Verdict.DIFFERENT  # {18} and 18
     if other.kind == "ratio":
         if len(other.items) != 2 or not int(other.items[1].tree[1]):
             return False
@@ -333,7 +355,12 @@ def _compare_ratios(answer: Form, gold: Form) -> Verdict:
     return Verdict.UNKNOWN if proportional else Verdict.DIFFERENT
 
 
-_SYNONYMS = (frozenset({"yes", "true", "correct"}), frozenset({"no", "false", "none", "neither", "incorrect", "never"}))
+_SYNONYMS = (
+    frozenset({"yes", "true", "correct"}),
+    frozenset({"no", "false", "none", "neither", "incorrect", "never"}),
+    frozenset({"undefined", "dne", "does not exist", "not defined"}),
+)
+_NOTHING = frozenset({"no", "none", "nothing", "empty", "nobody"})
 
 
 def _compare_words(answer: str, gold: str) -> Verdict:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.values import Messages
+from rewards.text import as_text
 
 RUBRIC = "Is the answer correct, does it follow from sound reasons, and does it say what the question asks for, no more and no less?"
 PAIRWISE = "Which answer is better: correct first of all, then clear and to the point?"
@@ -76,9 +77,3 @@ def _schema(name: str, verdict: Mapping[str, Any]) -> Mapping[str, Any]:
 def escaped(text: str) -> str:
     """A text in which nothing looks like a fence."""
     return re.sub(r"<{3,}|>{3,}", lambda found: " ".join(found[0]), text)
-
-
-def as_text(prompt: str | Messages) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)

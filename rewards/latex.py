@@ -29,7 +29,7 @@ class Unreadable(ValueError):
 
 
 _TOKEN = re.compile(
-    r"\s*((?:[1-9]\d{0,2}(?:,\d{3})+(?![\d,])|\d+)?\.\d+|[1-9]\d{0,2}(?:,\d{3})+(?![\d,])|\d+|\\[a-zA-Z]+|[^\W\d_]|\*\*|[-+*/^_(){}\[\]|!°×÷·√])"
+    r"\s*(\d+(?:\.\d+)?[eE][-+]?\d{1,3}(?!\d)|(?:[1-9]\d{0,2}(?:,\d{3})+(?![\d,])|\d+)?\.\d+|[1-9]\d{0,2}(?:,\d{3})+(?![\d,])|\d+|\\[a-zA-Z]+|[^\W\d_]|\*\*|[-+*/^_(){}\[\]|!°×÷·√])"
 )
 _FUNCTIONS = frozenset("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp".split())
 _NAMES = re.compile(r"(?<![\\a-zA-Z])(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi)(?![a-zA-Z])")

@@ -3,16 +3,29 @@
 Three readings, each asked only for what the one before does not know: exact numbers (`rewards.numbers`), the shapes and values of
 LaTeX (`rewards.forms`), and math-verify (`rewards.expressions`). A completion without an answer is wrong. A row without a gold
 answer cannot be judged.
+
+What is equal may still be no answer: `57+75` for 132. Copied from the prompt it is wrong where gold is a number, and cannot be judged
+where gold is an expression, as the prompt may offer expressions to choose from. Elsewhere a sum or product of plain numbers, or what
+holds variables, cannot be judged where gold is a number.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from data.values import Messages
 from rewards.answers import find_answer, find_golds
-from rewards.numbers import Verdict, compare
-from rewards.text import completion_text
+from rewards.numbers import Verdict, compare, exact, plain
+from rewards.text import as_text, completion_text
 
+_OPERATION = re.compile(r"[-+*/^!|]|\\[a-z]")
+_WAYS = (
+    (re.compile(r"\\(?:cdot|times)(?![a-z])|×|·"), "*"),
+    (re.compile(r"\\div(?![a-z])|÷"), "/"),
+    (re.compile(r"\\[dt]frac"), r"\\frac"),
+    (re.compile(r"\\(?:left|right)(?![a-z])|\$"), " "),
+)
+"""Ways to write the same."""
 REWARD = {Verdict.EQUAL: 1.0, Verdict.DIFFERENT: 0.0, Verdict.UNKNOWN: None}
 
 
@@ -30,12 +43,16 @@ def math_answer(
         columns = {"answer": answer and answer[index], "solution": solution and solution[index]}
         prompt_text = prompt_texts[index] if prompt_texts else ""
         golds = find_golds(columns)
-        rewards.append(REWARD[verdict_on(completion_text(completion), golds, prompt_text)] if golds else None)
+        said = verdict_on(completion_text(completion), golds, prompt_text, as_text(prompts[index])) if golds else Verdict.UNKNOWN
+        rewards.append(REWARD[said])
     return rewards
 
 
-def verdict_on(text: str, golds: Sequence[str], prompt_text: str = "") -> Verdict:
-    """The verdict on one completion: equal to one of the golds, different from all of them, or unknown."""
+def verdict_on(text: str, golds: Sequence[str], prompt_text: str = "", asked: str = "") -> Verdict:
+    """The verdict on one completion: equal to one of the golds, different from all of them, or unknown.
+
+    `prompt_text`: as the policy read it; `asked`: as the user wrote it, where it was not rendered.
+    """
     answer = find_answer(text, prompt_text)
     if answer is None:
         return Verdict.DIFFERENT
@@ -43,8 +60,40 @@ def verdict_on(text: str, golds: Sequence[str], prompt_text: str = "") -> Verdic
     for gold in golds:
         verdicts.append(verdict(answer, gold))
         if verdicts[-1] is Verdict.EQUAL:
+            verdicts[-1] = _finished(answer, gold, asked or prompt_text)
+        if verdicts[-1] is Verdict.EQUAL:
             return Verdict.EQUAL
     return Verdict.UNKNOWN if Verdict.UNKNOWN in verdicts else Verdict.DIFFERENT
+
+
+def _finished(answer: str, gold: str, asked: str) -> Verdict:
+    """The verdict on an answer that has the gold's value: whether it is an answer at all."""
+    said, wanted = plain(answer), plain(gold)
+    said = said if "=" in wanted else said.rpartition("=")[2].strip()
+    if exact(said) is not None or not _OPERATION.search(said):
+        return Verdict.EQUAL
+    from rewards.forms import form
+    from rewards.scalars import is_unfinished
+
+    read = form(said)
+    if read and (read == form(wanted) or read.tag):
+        return Verdict.EQUAL
+    is_number = exact(wanted) is not None
+    if _stands_in(said, asked):
+        return Verdict.DIFFERENT if is_number else Verdict.UNKNOWN
+    return Verdict.UNKNOWN if is_number and read and read.tree and is_unfinished(read.tree) else Verdict.EQUAL
+
+
+def _stands_in(said: str, asked: str) -> bool:
+    """Whether an expression was copied from the prompt, spaces and ways of writing aside."""
+    pattern = r"\s*".join(map(re.escape, "".join(_even(said).split())))
+    return re.search(rf"(?<![\w.}}]){pattern}(?![\w{{]|\.\d)", _even(asked)) is not None
+
+
+def _even(text: str) -> str:
+    for pattern, written in _WAYS:
+        text = pattern.sub(written, text)
+    return text
 
 
 def verdict(answer: str, gold: str) -> Verdict:

@@ -7,6 +7,7 @@ whoever asks must not make a 0 of that.
 """
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
@@ -98,9 +99,10 @@ _NUMBER = re.compile(
     rf"(?P<sign>[-+]?)\s*(?P<currency>[$€£]?)\s*(?P<sign2>[-+]?)"
     rf"(?:(?:(?P<mixed>\d+)\s*)?\\frac\{{(?P<top>-?\d+)\}}\{{(?P<bottom>\d+)\}}"
     r"|(?P<mixed2>\d+)\s+(?P<top2>\d+)\s*/\s*(?P<bottom2>\d+)"
-    rf"|(?P<whole>{_DIGITS})?(?P<decimals>\.\d+)?(?:\s*/\s*(?P<over>{_DIGITS}))?)"
+    rf"|(?P<whole>{_DIGITS})?(?P<decimals>\.\d+(?!\d|\\overline)|\.\d*\\overline\s*\{{\d+\}})?(?:[eE](?P<ten>[-+]?\d{{1,3}})(?!\d))?"
+    rf"(?:\s*/\s*(?P<over>{_DIGITS}))?)"
     r"(?:_\{?(?P<base>\d+)\}?)?"
-    r"(?:\s*(?P<percent>%)|(?P<unit>\s+[^\W\d_]+(?:[ /-][^\W\d_]+){0,3}|°\s?[CF]?))?"
+    r"(?:\s*(?P<percent>[%$€£])|(?P<unit>\s+[^\W\d_]+(?:[ /-][^\W\d_]+){0,3}|°\s?[CF]?))?"
 )
 _UNIT_NAMES = {
     "$": "dollar", "€": "euro", "£": "pound", "usd": "dollar", "°": "degree", "in": "inch", "ft": "foot", "feet": "foot",
@@ -113,11 +115,11 @@ MEASURES = frozenset(_UNIT_NAMES.values()) - {"%"} | frozenset(
 )
 """Units that measure: two of them are never one."""
 _NOT_UNITS = frozenset(
-    """or and not to from if but either maybe perhaps possibly times plus minus over squared cubed factorial mod choose
+    """or and not to from if but either maybe perhaps possibly is are was than times plus minus over squared cubed factorial mod choose
     hundred thousand million billion trillion dozen score half third quarter fifth tenth pi""".split()
 )
 """Words that make a number another number, or a guess; a text with one of them is not read as a number with a unit."""
-_LEFT_SIDE = re.compile(r"\s*(?:[A-Za-z]|(?:[-\d\s+*/().,×÷=$]|\\times|\\cdot)*)\s*")
+_LEFT_SIDE = re.compile(r"\s*(?:[A-Za-z]|(?:(?!,\s)[-\d\s+*/().,×÷=$]|\\times|\\cdot)*)\s*")
 
 
 @lru_cache(maxsize=4096)
@@ -136,7 +138,7 @@ def exact(text: str) -> Number | None:
             return None
         value += int(mixed or 0) * bottom
     elif found["whole"] is not None or found["decimals"] is not None:
-        value = Fraction(_joined(found["whole"] or "0") + (found["decimals"] or ""))
+        value = (int(_joined(found["whole"] or "0")) + _decimals(found["decimals"] or "")) * Fraction(10) ** int(found["ten"] or 0)
         bottom = int(_joined(found["over"] or "1"))
     else:
         return None
@@ -144,7 +146,15 @@ def exact(text: str) -> Number | None:
     if bottom == 0 or unit is None:
         return None
     value = value / bottom * (-1 if "-" in (found["sign"] + found["sign2"]) else 1)
-    return Number(value, _UNIT_NAMES.get(found["currency"], "") or found["percent"] or unit, found["base"] or "")
+    return Number(value, _UNIT_NAMES.get(found["currency"] or found["percent"], "") or found["percent"] or unit, found["base"] or "")
+
+
+def _decimals(text: str) -> Fraction:
+    """What stands from the point on: `.25`, and `.1\\overline{6}`, which goes on for ever."""
+    first, _, repeated = text.removeprefix(".").rstrip("}").partition(r"\overline")
+    value = Fraction(int(first or "0"), 10 ** len(first))
+    digits = repeated.strip(" {")
+    return value + (Fraction(int(digits), 10 ** len(first) * (10 ** len(digits) - 1)) if digits else 0)
 
 
 def _joined(digits: str) -> str:
@@ -177,7 +187,10 @@ _GUESS = re.compile(
     r"|\d\s+and\s+[-+$]*\d+(?![\d./]|\s*/)"
     r"|\d\s*,\s+[-+$]*\s*\d|\d,(?!\d{3}(?!\d))\d"
     r"|\d\s+\$?\d+(?![\d./]|\s*/)"
+    r"|\d\s*[–—]\s*\$?\d"
 )
+_SCRIPT = re.compile(r"[_^]\s*\{?\s*\d+\s*\}?")
+"""The 2 of `\\log_2 8`."""
 _NUMBER_WORDS = re.compile(
     r"\b(zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(thir|four|fif|six|seven|eigh|nine)teen"
     r"|(twen|thir|for|fif|six|seven|eigh|nine)ty\w*|hundred|thousand|million|billion|dozen|half|third|quarter|none|nothing|pi|e)\b",
@@ -187,7 +200,7 @@ _NUMBER_WORDS = re.compile(
 
 def is_guess(text: str) -> bool:
     """Whether a text offers several numbers, `18 or 19`, `18, 19`, `1 8`, where one was asked for."""
-    return bool(_GUESS.search(text)) and any(character.isdigit() for character in text)
+    return bool(_GUESS.search(_SCRIPT.sub("_", text))) and any(character.isdigit() for character in text)
 
 
 def _says_no_number(text: str) -> bool:
@@ -206,10 +219,35 @@ _REPLACED = (
     ),
     (re.compile(r"(?<!\\)\\(?:left|right|displaystyle|phantom|[!,;: ])"), lambda _: ""),
     (re.compile(r"~|\\(?:quad|qquad)\b"), lambda _: " "),
-    (re.compile(r"\\(?:text|textnormal|textrm|mathrm|mbox|textbf|mathbf|mathit)\s*\{([^{}]*)\}"), lambda found: f" {found[1]} "),
+    (
+        re.compile(r"\\(?:text(?:normal|rm|bf|it|sf|tt)?|math(?:rm|bf|it|sf|tt)|mbox|boldsymbol|bm|emph|underline)\s*\{([^{}]*)\}"),
+        lambda found: f" {found[1]} ",
+    ),
+    (re.compile(r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:checkmark|square|blacksquare|qed)(?![a-zA-Z])"), lambda _: " "),
+    (re.compile(r"(?<=\d)\s?(?:\^\s?\{\s?(?:st|nd|rd|th)\s?\}|\^?\s?(?:st|nd|rd|th)\b)"), lambda _: " "),  # 18th
+    (re.compile(r"\bper cent\b"), lambda _: "percent"),
     (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree"), lambda _: "°"),
 )
+_TYPED = str.maketrans(
+    {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full width, as in Chinese text
+    | {"\u2212": "-", "\u2044": "/", "\u3000": " ", "\u3001": ",", "\u3002": ".", "≈": r"\approx "}
+    | dict.fromkeys("\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\ufe0f", None)
+)
+_DASH = re.compile(r"(?<![\d\s])\s*–(?=\s*[\d.$\\])")
+"""A dash that is a minus; between two numbers it makes a range."""
+_ORNAMENT = re.compile("[\u25a0-\u25ff\u2700-\u27bf\U0001f300-\U0001faff]")
+_VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")
+_RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉"
+_LEVEL = str.maketrans(_RAISED + _LOWERED, "0123456789+-n0123456789")
 _WRAPPERS = (("$$", "$$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("__", "__"), ("`", "`"), ("$", "$"))
+
+
+def _typed(text: str) -> str:
+    """As it would be typed in LaTeX: `x²`, `½` and `（3，4）`, without ornaments and characters that nobody sees."""
+    text = _ORNAMENT.sub(" ", _DASH.sub("-", text.translate(_TYPED)))
+    text = _VULGAR.sub(lambda found: rf"\frac{{{unicodedata.normalize('NFKC', found[0])}}}".replace("\u2044", "}{"), text)
+    text = re.sub(f"[{_RAISED}]+", lambda found: f"^{{{found[0].translate(_LEVEL)}}}", text)
+    return re.sub(f"[{_LOWERED}]+", lambda found: f"_{{{found[0].translate(_LEVEL)}}}", text)
 
 
 def plain(text: str) -> str:
@@ -217,11 +255,11 @@ def plain(text: str) -> str:
     text = text.strip()
     if text.isascii() and text.isdigit():
         return text
-    text = text.replace("\u2212", "-").replace("\u00a0", " ").replace("\u202f", " ")
+    text = " ".join((text if text.isascii() else _typed(text)).split())
     stripped = None
     while stripped != text:
         stripped = text
-        text = text.strip().rstrip(".:").strip()
+        text = text.strip().rstrip(".: ")
         for left, right in _WRAPPERS:
             inside = text[len(left) : -len(right)]
             if text.startswith(left) and text.endswith(right) and inside and left not in inside:

@@ -33,22 +33,42 @@ def compare_scalars(answer: Tree, gold: Tree) -> Verdict:
 
 
 def compare_equations(answer: tuple[Tree, Tree], gold: tuple[Tree, Tree]) -> Verdict:
-    """Two equations are the same if left minus right is the same up to a constant factor."""
-    one, other = (("-", *answer), ("-", *gold))
-    names = variables(one) | variables(other)
+    """Two equations are the same if left minus right is the same up to a constant factor, and not 0 everywhere."""
+    names = set().union(*(variables(side) for side in (*answer, *gold)))
     verdicts: list[bool | None] = []
     first = None
+    empty = [True, True]  # `x = x` says nothing: whatever the points, left minus right is 0
     for point in _points(names) if names else ():
         try:
             with mpmath.workdps(DIGITS):
-                left, right = value(one, point), value(other, point)
+                sides = [(value(left, point), value(right, point)) for left, right in (answer, gold)]
+                empty = [was and _near(*pair) for was, pair in zip(empty, sides, strict=True)]
+                left, right = (pair[0] - pair[1] for pair in sides)
                 if first is None:
                     first = (left, right)
                     continue
                 verdicts.append(_near(left * first[1], right * first[0]))
         except Unreadable:
             verdicts.append(None)
+    if any(empty) and verdicts and None not in verdicts:
+        return Verdict.EQUAL if all(empty) else Verdict.DIFFERENT
     return _decide(verdicts)
+
+
+_ARITHMETIC = frozenset({"number", "+", "-", "*", "/", "fraction", "negative"})
+
+
+def is_unfinished(tree: Tree) -> bool:
+    """Whether a number is written as a sum or product of plain ones, `57+75`, or with variables, `18x/x`; `2^{10}-1` is finished."""
+    kinds = set(_kinds(tree))
+    return bool(variables(tree)) or (kinds <= _ARITHMETIC and not kinds.isdisjoint("+-*"))
+
+
+def _kinds(tree: Tree) -> Iterator[str]:
+    yield tree[0]
+    for part in tree[1:]:
+        if isinstance(part, tuple):
+            yield from _kinds(part)
 
 
 def solution(left: Tree, right: Tree, name: str, candidate: Tree) -> bool:

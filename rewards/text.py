@@ -16,6 +16,13 @@ def completion_text(completion: str | Messages) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
+def as_text(prompt: str | Messages) -> str:
+    """A prompt as one text, messages with their roles."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
 def opens_think(prompt_text: str) -> bool:
     """Whether the rendered prompt ends inside a `<think>` that it opened."""
     return prompt_text.rstrip().endswith(OPEN)

@@ -1,5 +1,6 @@
 """What tests of processes look at: which are there, and when that changes."""
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -18,7 +19,17 @@ def processes_with(mark):
 
 
 def wait_until(holds, seconds):
+    """Whether it held at one look within that time: what held once may not hold at the next, as processes come and go."""
     end = time.monotonic() + seconds
-    while not holds() and time.monotonic() < end:
+    while not (held := holds()) and time.monotonic() < end:
         time.sleep(0.05)
-    return holds()
+    return held
+
+
+def sessions_of(pids):
+    """The sessions that these processes are in, which stay as long as one of them does."""
+    found = set()
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            found.add(os.getsid(pid))
+    return found

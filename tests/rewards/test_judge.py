@@ -176,8 +176,8 @@ def test_requests_keep_to_the_limits(endpoint):
     scores_of(endpoint, [f"answer {n}" for n in range(6)], requests_at_once=3, jobs=2)
     assert endpoint.most_at_once == 3
     endpoint.times.clear()
-    scores_of(endpoint, [f"other {n}" for n in range(5)], per_second=20.0)
-    assert endpoint.times[-1] - endpoint.times[0] >= 0.12
+    scores_of(endpoint, [f"other {n}" for n in range(5)], per_second=5.0)
+    assert endpoint.times[-1] - endpoint.times[0] >= 0.5  # 0.8 s, less what a busy machine delays the first
 
 
 def test_pairs_are_judged_in_both_orders_and_a_biased_judge_gives_halves(endpoint):

@@ -139,6 +139,59 @@ def test_math_verify_is_asked_for_expressions_and_only_where_it_can_be_trusted(a
     assert compare_expressions(answer, gold) is verdict
 
 
+@pytest.mark.parametrize(
+    ("completion", "gold", "asked", "wanted"),
+    [
+        # says nothing, or what was asked
+        (r"\boxed{0=0}", "x=5", "", DIFFERENT),
+        (r"\boxed{y=y}", "y=2x+1", "", DIFFERENT),
+        (r"\boxed{0\cdot x+0\cdot y=0}", "3x-y+13=0", "", DIFFERENT),
+        (r"\boxed{2x=10}", "x=5", "Solve 2x=10.", UNKNOWN),
+        ("<answer>57+75</answer>", "132", "57+75=", DIFFERENT),
+        (r"\boxed{57 \times 75 = 57\cdot75}", "4275", r"What is $57 \cdot 75$?", DIFFERENT),
+        (r"\boxed{\sin^2 x+\cos^2 x}", "1", r"Simplify $\sin^2x + \cos^2x$.", DIFFERENT),
+        (r"\boxed{\sqrt{50}}", r"5\sqrt2", r"Simplify $\sqrt{50}$.", UNKNOWN),
+        ("<answer>75+57</answer>", "132", "57+75=", UNKNOWN),
+        ("<answer>18+x-x</answer>", "18", "", UNKNOWN),
+        ("<answer>7+7</answer>", "14", "57+75=", UNKNOWN),
+        # guesses
+        (r"\boxed{18} or \boxed{19}", "19", "", DIFFERENT),
+        ("#### 17, 18, 19 = 18", "18", "", DIFFERENT),
+        ("#### 18–20", "18", "", DIFFERENT),
+        ("#### 18 is wrong", "18", "", UNKNOWN),
+        # right, however it is written
+        ("<answer>57+75=132</answer>", "132", "57+75=", EQUAL),
+        (r"\boxed{5\sqrt{2}}", r"5\sqrt2", r"A square with side $5\sqrt{2}$", EQUAL),
+        (r"\boxed{2^{10}-1}", "1023", "", EQUAL),
+        (r"\boxed{3} and $x=\boxed{5}$", "5, 3", "", EQUAL),
+        ("#### 1.8e1", "18", "", EQUAL),
+        ("#### 18th", "18", "", EQUAL),
+        (r"\boxed{18^{\text{th}}}", "18", "", EQUAL),
+        (r"\boxed{18\text{ cm}^2}", "18", "", EQUAL),
+        (r"\boxed{\color{red}{18}} ✓", "18", "", EQUAL),
+        ("#### 18€", "18", "", EQUAL),
+        ("#### 1½", "1.5", "", EQUAL),
+        ("#### x²+1", "x^2+1", "", EQUAL),
+        ("#### \uff083\uff0c4\uff09", "(3,4)", "", EQUAL),
+        ("#### 18\u200b", "18", "", EQUAL),
+        (r"\boxed{0.1\overline{6}}", "1/6", "", EQUAL),
+        (r"\boxed{\log_2 8}", "3", "", EQUAL),
+        ("#### one and a half", "1.5", "", EQUAL),
+        ("#### a dozen", "12", "", EQUAL),
+        ("#### 3 to 4", "3:4", "", EQUAL),
+        ("#### 6 pm", "6:00 p.m.", "", EQUAL),
+        (r"\boxed{\{18\}}", "18", "", EQUAL),
+        (r"\boxed{\text{no real solutions}}", r"\emptyset", "", UNKNOWN),
+        # costs nothing and breaks nothing
+        ("#### " + "-" * 499 + "9", "18", "", UNKNOWN),
+        ("#### ^" + " " * 50000 + "x", "18", "", DIFFERENT),
+        ("#### x" + " ." * 50000, "18", "", DIFFERENT),
+    ],
+)
+def test_an_answer_is_neither_paid_for_what_it_does_not_say_nor_refused_for_how_it_says_it(completion, gold, asked, wanted):
+    assert verdict_on(completion, [gold], asked) is wanted
+
+
 def test_math_answer_scores_1_0_and_none():
     completions = [r"\boxed{18}", r"\boxed{19}", "18 or 19", r"\boxed{1.5 million}"]
     assert math_answer(["q"] * 4, completions, answer=["18", "18", "18", "1.5"]) == [1.0, 0.0, 0.0, None]
