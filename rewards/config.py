@@ -43,6 +43,12 @@ class PartConfig(Section):
         """What the part is called."""
         return self.alias or self.name
 
+    @property
+    def variables(self) -> list[str]:
+        """The environment variables that its function may see: those of `env`, and a judge's key."""
+        key = self.options.get("key_env") if self.name == "judge" else None
+        return [*self.env, *([key] if isinstance(key, str) else [])]
+
 
 class ShadowConfig(PartConfig):
     weight: Literal[0] = 0

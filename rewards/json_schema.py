@@ -38,9 +38,9 @@ def accepts(schema: Mapping[str, Any], text: str) -> bool:
     kind.check_schema(schema)
     try:
         value = json.loads(json_text(text), parse_constant=_refuse)
-    except (ValueError, RecursionError):
+        return kind(schema, registry=Registry()).is_valid(value)
+    except (ValueError, RecursionError):  # nested deeper than it can be read or followed
         return False
-    return kind(schema, registry=Registry()).is_valid(value)
 
 
 def json_text(text: str) -> str:

@@ -6,7 +6,8 @@
 
 The verdict is structured output, `votes` of them are averaged to a value in [0, 1]. A verdict that cannot be read, after it was
 asked for again, fails that completion: it is not 0, and not 0.5. What the policy wrote is fenced (`rewards.judge_prompt`).
-Verdicts are cached by the hash of what was asked. The key is an environment variable that the part's `env` and `key_env` name.
+Verdicts are cached by the hash of what was asked. The key is the environment variable that `key_env` names. A completion whose
+reasoning never ends has no answer: it gets 0 without being asked about, and meets its siblings as an empty text.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ from data.values import Messages
 from rewards.answers import find_golds
 from rewards.judge_client import Client, Unreadable
 from rewards.judge_prompt import PAIRWISE, RUBRIC, Question, pair_question, score_question
-from rewards.text import CLOSE, completion_text
+from rewards.text import answer_text, completion_text, per_completion
 
 
 async def judge(
@@ -30,6 +31,7 @@ async def judge(
     model: str,
     answer: list[Any] | None = None,
     solution: list[Any] | None = None,
+    prompt_texts: list[str] | None = None,
     mode: Literal["rubric", "reference", "pairwise"] = "rubric",
     rubric: str | None = None,
     low: int = 1,
@@ -53,6 +55,8 @@ async def judge(
     stands before `</think>` too; `requests_at_once`, `per_second`: limits of requests in all; `cache`: a folder."""
     if mode not in ("rubric", "reference", "pairwise"):
         raise ValueError(f"judge has no mode '{mode}'; there are rubric, reference and pairwise")
+    if not low < high or votes < 1:
+        raise ValueError(f"judge: low {low} has to be below high {high}, and votes {votes} at least 1")
     client = _client(
         url,
         model,
@@ -65,15 +69,20 @@ async def judge(
         request_s,
         cache,
     )
-    texts = [completion_text(completion) for completion in completions]
-    texts = texts if reasoning else [text.rpartition(CLOSE)[2] for text in texts]
+    texts: list[str | None] = [completion_text(completion) for completion in completions]
+    if not reasoning:
+        rendered = per_completion(prompt_texts, len(prompts))
+        texts = [answer_text(text or "", prompt_text) for text, prompt_text in zip(texts, rendered, strict=True)]
     if mode == "pairwise":
-        return await _pairwise(client, prompts[0], texts, rubric or PAIRWISE, votes, opponents)
+        return await _pairwise(client, prompts[0], [text or "" for text in texts], rubric or PAIRWISE, votes, opponents)
     asked: list[Awaitable[float | Exception | None]] = []
     for index, text in enumerate(texts):
         golds = find_golds({"answer": answer and answer[index], "solution": solution and solution[index]})
         if mode == "reference" and not golds:
-            asked.append(_nothing())
+            asked.append(_at_once(None))
+            continue
+        if text is None:
+            asked.append(_at_once(0.0))
             continue
         reference = golds[0] if mode == "reference" else None
         question = score_question(prompts[index], text, rubric or RUBRIC, low, high, reference)
@@ -81,8 +90,8 @@ async def judge(
     return list(await asyncio.gather(*asked))
 
 
-async def _nothing() -> None:
-    return None
+async def _at_once(value: float | None) -> float | None:
+    return value
 
 
 async def _mean_score(client: Client, question: Question, low: int, high: int, votes: int) -> float | Exception:

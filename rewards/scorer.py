@@ -83,7 +83,7 @@ class Scorer:
     def start(self) -> None:
         """Starts the workers and returns when every function is imported; InputError names one that cannot be."""
         for name in self._functions:
-            for variable in self._config.part(name).env:
+            for variable in self._config.part(name).variables:
                 if variable not in os.environ:
                     raise InputError(f"rewards.parts: {name}: the environment variable {variable} that it names is not set")
         self._thread.start()
@@ -202,7 +202,7 @@ class Scorer:
                     for name, f in functions.items()
                 ],
             }
-            env = [variable for part in parts.values() for variable in part.env]
+            env = [variable for part in parts.values() for variable in part.variables]
             one = any(f.name in BUILTINS and BUILTINS[f.name].one_process for f in functions.values())
             timeout_s = PREPARE_TIMEOUT_S if one else LOAD_TIMEOUT_S
             lane = Lane(source, load, env, 1 if one else limit, log_dir, self._selector, self._answered, timeout_s)

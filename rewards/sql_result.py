@@ -6,6 +6,7 @@ write, no attach, no pragma. Steps, memory and rows are limited. The order of ro
 """
 
 import math
+import re
 import sqlite3
 import time
 from collections import Counter
@@ -19,6 +20,8 @@ from rewards.answers import marked_answer
 from rewards.text import answer_text, completion_text, last_block, per_completion
 
 MOST_ROWS = 100_000
+MOST_BYTES = 1 << 26
+"""Of all rows together."""
 LONGEST_VALUE_BYTES = 1 << 20
 _ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 _FORBIDDEN_FUNCTIONS = {"load_extension", "fts3_tokenizer", "writefile", "readfile", "edit"}
@@ -43,10 +46,10 @@ def sql_result(
         with closing(open_database(setup[index] if setup else None, database[index] if database else None)) as opened:
             gold = answer[index]
             wanted = rows_of(opened, gold, limit_s) if isinstance(gold, str) else [tuple(row) for row in gold]
-            ordered = isinstance(gold, str) and "order by" in " ".join(gold.lower().split())
+            ordered = isinstance(gold, str) and orders(gold)
             try:
                 got = rows_of(opened, query_in(after or ""), limit_s)
-            except (sqlite3.Error, sqlite3.Warning, ValueError):
+            except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError):
                 rewards.append(0.0)
                 continue
             rewards.append(float(same_rows(got, wanted, ordered)))
@@ -91,10 +94,21 @@ def rows_of(opened: sqlite3.Connection, query: str, limit_s: float) -> list[tupl
     cursor = opened.execute(query.strip())
     if cursor.description is None:
         raise ValueError("no query")
-    rows = cursor.fetchmany(MOST_ROWS + 1)
-    if len(rows) > MOST_ROWS:
-        raise ValueError("too many rows")
+    rows, size = [], 0
+    for row in cursor:
+        rows.append(row)
+        size += sum(len(value) if isinstance(value, str | bytes) else 8 for value in row)
+        if len(rows) > MOST_ROWS or size > MOST_BYTES:
+            raise ValueError("too many rows")
     return rows
+
+
+def orders(query: str) -> bool:
+    """Whether a query orders its rows; what a subquery or a window orders does not count."""
+    text, inner = re.sub(r"'[^']*'", "''", query), 1
+    while inner:
+        text, inner = re.subn(r"\([^()]*\)", " ", text)
+    return "order by" in " ".join(text.lower().split())
 
 
 def same_rows(got: Sequence[Sequence[Any]], wanted: Sequence[Sequence[Any]], ordered: bool) -> bool:

@@ -77,7 +77,7 @@ def set_limits(limits: Limits, own_count: bool) -> None:
         resource.RLIMIT_FSIZE: limits.output_mb * megabytes,
         resource.RLIMIT_NOFILE: limits.open_files,
         resource.RLIMIT_STACK: 64 * megabytes,
-        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_CORE: 1,  # bytes: no file is that small, and only 1 keeps the kernel from a handler that it would pipe to
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
     }

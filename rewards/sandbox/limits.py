@@ -17,7 +17,7 @@ class Limits:
     wall_s: float = 10.0
     """Seconds from its start to its end."""
     cpu_s: int = 6
-    """CPU seconds of each of its processes; whole seconds, as rlimits are."""
+    """CPU seconds of each of its processes, and of all that live at one time together; whole seconds, as rlimits are."""
     memory_mb: int = 1024
     """MiB of address space of each process, and of memory of all its processes together."""
     processes: int = 64

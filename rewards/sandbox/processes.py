@@ -6,6 +6,7 @@ from collections import defaultdict
 _SOCKET_BYTES = 1 << 18
 """A Unix socket's buffer, as Linux has it."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def children() -> dict[int, list[int]]:
@@ -50,6 +51,18 @@ def memory(pids: list[int]) -> int:
         except (FileNotFoundError, ProcessLookupError):
             continue
     return total
+
+
+def cpu_s(pids: list[int]) -> float:
+    """CPU seconds that processes have taken, with those of the children that they have waited for."""
+    ticks = 0
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                ticks += sum(map(int, file.read().rpartition(b")")[2].split()[11:15]))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return ticks / _TICKS
 
 
 def _sockets(pids: list[int]) -> set[str]:

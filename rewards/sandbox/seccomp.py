@@ -53,6 +53,7 @@ REFUSED = {
     "lookup_dcookie": (212, 18), "vhangup": (153, 58), "uselib": (134, None), "ustat": (136, None), "sysfs": (139, None),
     "_sysctl": (156, None), "fanotify_init": (300, 262), "fanotify_mark": (301, 263), "seccomp": (317, 277),
     "nfsservctl": (180, 42), "remap_file_pages": (216, 234),
+    "io_setup": (206, 0),  # its contexts are counted for the whole machine
 }  # fmt: skip
 
 METADATA = {
@@ -61,6 +62,9 @@ METADATA = {
     "setxattr": (188, 5), "lsetxattr": (189, 6), "removexattr": (197, 14), "lremovexattr": (198, 15),
 }  # fmt: skip
 """What Landlock lets a program do to any file of its user. Without a mount namespace they do nothing and say 0."""
+
+_SYNC = {"sync": (162, 81), "syncfs": (306, 267)}
+"""They would make every disk of the machine write, as often as a program likes. They do nothing and say 0."""
 
 _CLONE, _CLONE3, _SOCKETPAIR, _PRLIMIT, _AFFINITY = (56, 220), (435, 435), (53, 199), (302, 261), (203, 122)
 _PRIORITY, _IOCTL, _PRCTL = (141, 140), (16, 29), (157, 167)
@@ -86,7 +90,7 @@ def filter_program(machine: str, shared_files: bool = False, signals_only_to: in
     code = [_op(_LOAD, _ARCH), _op(_EQUAL, arch, 1, 0), _op(_RETURN, KILL), _op(_LOAD, _NR)]
     code += [_op(_AT_LEAST, _NEWEST + 1, 0, 1), _op(_RETURN, ERRNO | _ENOSYS)]  # x32's numbers are above as well
     # ENOSYS, or glibc would not go back to clone, whose flags can be read here.
-    rules = {_CLONE3: ERRNO | _ENOSYS} | dict.fromkeys(REFUSED.values(), ERRNO | _EPERM)
+    rules = {_CLONE3: ERRNO | _ENOSYS} | dict.fromkeys(REFUSED.values(), ERRNO | _EPERM) | dict.fromkeys(_SYNC.values(), ERRNO)
     if shared_files:
         rules |= dict.fromkeys(METADATA.values(), ERRNO)
     for numbers, answer in rules.items():

@@ -179,6 +179,8 @@ class Server:
                 self._kill(running, "processes")
             elif len(pids) > 1 and processes.memory(pids) > running.limits.memory_mb << 20:
                 self._kill(running, "memory")
+            elif len(pids) > 1 and processes.cpu_s(pids) > running.limits.cpu_s:
+                self._kill(running, "timeout")  # the kernel's limit is for each, and many would take the time of other programs
             elif self._how.backend == "landlock" and folders.is_over(running.folder, running.limits.files_mb << 20, pids):
                 self._kill(running, "files")
 

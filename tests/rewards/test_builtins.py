@@ -84,6 +84,11 @@ def test_json_schema_accepts_what_the_schema_accepts(text, reward):
     assert json_schema(["q"], [text], schema=SCHEMA) == json_schema(["q"], [text], schema=[json.dumps(SCHEMA)]) == [reward]
 
 
+def test_json_nested_deeper_than_a_schema_can_follow_is_wrong():
+    nested = {"type": "array", "items": {"$ref": "#"}}
+    assert json_schema(["q"] * 2, ["[[]]", "[" * 900 + "]" * 900], schema=nested) == [1.0, 0.0]
+
+
 def test_json_schema_without_a_schema_cannot_judge_and_fetches_nothing():
     assert json_schema(["q"], ["{}"]) == [None]
     with pytest.raises(Exception, match="Unresolvable"):
@@ -178,6 +183,8 @@ SETUP = "CREATE TABLE t (name TEXT, n INTEGER); INSERT INTO t VALUES ('a', 1), (
         ("SELECT load_extension('x')", "SELECT n FROM t", 0.0),
         ("WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x+1 FROM r) SELECT count(*) FROM r", "SELECT n FROM t", 0.0),
         ("SELECT hex(zeroblob(1000000000))", "SELECT n FROM t", 0.0),
+        ("WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x+1 FROM r) SELECT zeroblob(1000000) FROM r", "SELECT n FROM t", 0.0),
+        ("SELECT n FROM t WHERE n > 1 OR 1 ORDER BY n DESC", "SELECT n FROM t WHERE n IN (SELECT n FROM t ORDER BY n)", 1.0),
         ("", "SELECT n FROM t", 0.0),
         ("SELECT n FROM t", [[1], [2], [2]], 1.0),
     ],

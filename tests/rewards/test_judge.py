@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from data.recipe import InputError
 from rewards.config import RewardsConfig
 from rewards.job import ScoreJob
 from rewards.judge_prompt import escaped, score_question
@@ -67,8 +68,8 @@ def endpoint():
     made.server.shutdown()
 
 
-def scores_of(endpoint: Endpoint, completions: list[str], env: list[str] = (), jobs: int = 1, columns=None, **options):
-    part = {"name": "judge", "env": list(env), "options": {"url": endpoint.url, "model": "m", **options}}
+def scores_of(endpoint: Endpoint, completions: list[str], jobs: int = 1, columns=None, **options):
+    part = {"name": "judge", "options": {"url": endpoint.url, "model": "m", **options}}
     config = RewardsConfig.model_validate({"parts": [part]})
     with Scorer(config) as scorer:
         job = ScoreJob("g", "What is 2+2?", "", completions, [[0]] * len(completions), columns or {})
@@ -78,8 +79,9 @@ def scores_of(endpoint: Endpoint, completions: list[str], env: list[str] = (), j
 
 def test_scores_become_values_between_0_and_1_and_reasons_come_first(endpoint):
     endpoint.answer = lambda body: {"reasoning": "r", "score": 4 if "four" in body["messages"][1]["content"] else 1}
-    scores = scores_of(endpoint, ["<think>six</think>four", "five"], low=1, high=5)
-    assert [score.value for score in scores] == [0.75, 0.0]
+    scores = scores_of(endpoint, ["<think>six</think>four", "five", "<think>six, no four"], low=1, high=5)
+    assert [score.value for score in scores] == [0.75, 0.0, 0.0]
+    assert len(endpoint.bodies) == 2
     schema = endpoint.bodies[0]["response_format"]["json_schema"]["schema"]
     assert list(schema["properties"]) == schema["required"] == ["reasoning", "score"]
     assert not any("six" in body["messages"][1]["content"] for body in endpoint.bodies)
@@ -152,11 +154,12 @@ def test_a_dead_endpoint_is_an_error(endpoint):
 def test_the_key_comes_from_the_environment_and_shows_nowhere(endpoint, monkeypatch):
     monkeypatch.setenv("MY_JUDGE_KEY", "sk-secret")
     endpoint.answer = lambda body: (400, "bad", {})
-    (score,) = scores_of(endpoint, ["four"], env=["MY_JUDGE_KEY"], key_env="MY_JUDGE_KEY")
+    (score,) = scores_of(endpoint, ["four"], key_env="MY_JUDGE_KEY")
     assert endpoint.headers[0]["Authorization"] == "Bearer sk-secret"
     assert "sk-secret" not in score.detail
-    (score,) = scores_of(endpoint, ["four"], key_env="MY_JUDGE_KEY")
-    assert score.status == "error" and "KeyError: 'MY_JUDGE_KEY'" in score.detail
+    monkeypatch.delenv("MY_JUDGE_KEY")
+    with pytest.raises(InputError, match="judge: the environment variable MY_JUDGE_KEY that it names is not set"):
+        scores_of(endpoint, ["four"], key_env="MY_JUDGE_KEY")
 
 
 def test_verdicts_are_cached_by_what_was_asked(endpoint, tmp_path):
