@@ -1,10 +1,17 @@
 """`command_check`: runs a command that the recipe names, such as `lean` or `gcc`, on the completion, in the sandbox; 1 if it accepts it.
 
 The text is the last fenced block after the reasoning, or all of the answer where there is none. It stands in a file, `{file}` in the
-command. The command accepts by exit code 0; the text is data to it. Where the text could end the command early, that proves nothing:
-`append` puts text after it in which `{nonce}` is a random word that must then stand alone in a line of the output, and `reject` has
-patterns that the text must not match, nor the output (`sorry`). Where the command runs what the text says (Lean's `#eval`), the text
-could read the word in its own file: reject what runs (`#eval`, `run_cmd`, `IO`).
+command. The command accepts by exit code 0; the text is data to it. `reject` has patterns that neither the text nor the output may
+match (`sorry`). `append`, an option or the row's column, is what is asked of the text: the theorem that it has to prove, say. It
+stands behind the text; where the text could end the command early, put `{nonce}` into it, a random word that must then stand alone
+in a line of the output.
+
+Where the command runs what the text says (Lean's `#eval`), the text could read that word in its own file, and end with any exit code.
+There, let a second command judge, which the text cannot reach: `command` then makes the files `keep` of the text alone, and `then`
+runs in a fresh sandbox that has those files and a file with `append`, `{file}` in it. It alone accepts.
+
+    command: [lean, -o, Main.olean, "{file}"]      file: Main.lean      keep: [Main.olean]
+    then: [env, LEAN_PATH=., lean, "{file}"]       append: "import Main\n…the theorem, by the name it must have…"
 """
 
 import os
@@ -27,15 +34,22 @@ def prepare(
     command: list[str],
     file: str = "main.txt",
     append: str = "",
+    then: list[str] | None = None,
+    keep: list[str] | None = None,
     reject: list[str] | None = None,
     paths: list[str] | None = None,
     limits: dict[str, Any] | None = None,
     backend: str = "auto",
 ) -> str:
-    """As `code_tests.prepare`; it also looks for the command."""
-    if os.path.basename(file) != file:
-        raise ValueError(f"option file: '{file}' is no plain file name")
-    _words(command, file)
+    """As `code_tests.prepare`; it also looks for the commands."""
+    for option, name in [("file", file), *(("keep", name) for name in keep or [])]:
+        if os.path.basename(name) != name or not name:
+            raise ValueError(f"option {option}: '{name}' is no plain file name")
+    if (then is None) != (not keep):
+        raise ValueError("options then, keep: a second command needs the files that the first one leaves, and they need it")
+    _words("command", command, file)
+    if then:
+        _words("then", then, _checks_in(file))
     _patterns(reject)
     read_limits(limits)
     return _sandbox(backend, paths).warning
@@ -48,7 +62,9 @@ def command_check(
     prompt_texts: list[str] | None = None,
     log_extra: Callable[[str, list[Any]], None] | None = None,
     file: str = "main.txt",
-    append: str = "",
+    append: str | list[str | None] = "",
+    then: list[str] | None = None,
+    keep: list[str] | None = None,
     reject: list[str] | None = None,
     paths: list[str] | None = None,
     limits: dict[str, Any] | None = None,
@@ -60,7 +76,8 @@ def command_check(
     `command`: its words; `file`: the name of the file, with the ending that the command wants; `paths`: folders beside the system's
     that it reads, such as `~/.elan`; `limits`: fields of `rewards.sandbox.limits.Limits`.
     """
-    words, patterns, bounds, sandbox = _words(command, file), _patterns(reject), read_limits(limits), _sandbox(backend, paths)
+    words, patterns, bounds, sandbox = _words("command", command, file), _patterns(reject), read_limits(limits), _sandbox(backend, paths)
+    then_words = _words("then", then, _checks_in(file)) if then else []
 
     def judge(index: int) -> tuple[float, str]:
         text, opened = completion_text(completions[index]), prompt_texts[index] if prompt_texts else ""
@@ -70,9 +87,18 @@ def command_check(
         for pattern in patterns:
             if pattern.search(answer):
                 return 0.0, f"the text matches '{pattern.pattern}'"
-        nonce = f"accepted-{secrets.token_hex(16)}"
-        ending = sandbox.command(words, file, answer + append.replace("{nonce}", nonce), bounds)
-        said = _refusal(ending, patterns, nonce if "{nonce}" in append else None)
+        asked = (append[index] if isinstance(append, list) else append) or ""
+        nonce = f"accepted-{secrets.token_hex(16)}" if "{nonce}" in asked else None
+        asked = asked.replace("{nonce}", nonce or "")
+        if not then_words:
+            said = _refusal(sandbox.command(words, file, answer + asked, bounds), patterns, nonce)
+            return float(not said), said
+        first = sandbox.command(words, file, answer, bounds, keep or ())
+        files, said = _files(first, keep or []), _refusal(first, patterns, None)
+        if not said and files is None:
+            said = f"the command left no {' or '.join(keep or [])}"
+        if not said:
+            said = _refusal(sandbox.command(then_words, _checks_in(file), asked, bounds, beside=files), patterns, nonce)
         return float(not said), said
 
     judged = judge_each(judge, len(completions))
@@ -81,14 +107,30 @@ def command_check(
     return [value for value, _ in judged]
 
 
-def _words(command: list[str], file: str) -> list[str]:
-    """The command as it is run: by its absolute path, with the name of the file."""
+def _words(option: str, command: list[str], file: str) -> list[str]:
+    """A command as it is run: by its absolute path, with the name of the file."""
     if not command or not any("{file}" in word for word in command[1:]):
-        raise ValueError(f"option command: {command!r} has no word with {{file}} in it")
+        raise ValueError(f"option {option}: {command!r} has no word with {{file}} in it")
     found = shutil.which(os.path.expanduser(command[0]))
     if not found:
-        raise ValueError(f"option command: there is no '{command[0]}' on this machine")
+        raise ValueError(f"option {option}: there is no '{command[0]}' on this machine")
     return [os.path.abspath(found), *(word.replace("{file}", file) for word in command[1:])]
+
+
+def _checks_in(file: str) -> str:
+    """The file of the second command: `check.lean` for `Main.lean`."""
+    return f"check{os.path.splitext(file)[1]}"
+
+
+def _files(ending: Ending, keep: list[str]) -> dict[str, str] | None:
+    """The files that a command left; None if one is missing. It is the text's word, so nothing of it is taken for granted."""
+    files = (ending.result or {}).get("files")
+    if not isinstance(files, dict) or not all(isinstance(files.get(name), str) for name in keep):
+        return None
+    try:
+        return {name: bytes.fromhex(files[name]).hex() for name in keep}
+    except ValueError:
+        return None
 
 
 def _patterns(reject: list[str] | None) -> list[re.Pattern[str]]:

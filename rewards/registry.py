@@ -34,7 +34,7 @@ REWARD_MODEL = (
     "model", "engine", "revision", "device", "dtype", "max_length", "batch_tokens", "gpu_memory_utilization",
 )  # fmt: skip
 
-COMMAND = ("command", "file", "append", "reject", "paths", "limits", "backend")
+COMMAND = ("command", "file", "append", "then", "keep", "reject", "paths", "limits", "backend")
 
 BUILTINS = {
     "choice_letter": Builtin("rewards.choice_letter", ("letters",)),

@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -68,9 +68,16 @@ class Sandbox:
         """Runs a program and then one function of it; `result["value"]` is what it gave, as `values.encode` writes it."""
         return self._run({"kind": "call", "source": source, "function": function, "args": encode(list(args))}, limits)
 
-    def command(self, argv: Sequence[str], file: str, text: str, limits: Limits = Limits()) -> Ending:  # noqa: B008
-        """Runs a command in a folder where `text` is in `file`."""
-        return self._run({"kind": "command", "argv": list(argv), "file": file, "source": text}, limits)
+    def command(
+        self, argv: Sequence[str], file: str, text: str, limits: Limits = Limits(),  # noqa: B008
+        keep: Sequence[str] = (), beside: Mapping[str, str] | None = None,
+    ) -> Ending:  # fmt: skip
+        """Runs a command in a folder where `text` is in `file`, and `beside` (bytes as hexadecimal digits, by name) beside it.
+
+        `keep`: files that `result["files"]` then has in the same form, as far as they are there; what is in them is the text's word.
+        """
+        job = {"kind": "command", "argv": list(argv), "file": file, "source": text, "keep": list(keep), "beside": dict(beside or {})}
+        return self._run(job, limits)
 
     def check(self, source: str, asserts: str, names: Sequence[str] = (), limits: Limits = Limits()) -> tuple[Ending, Ending]:  # noqa: B008
         """Runs asserts about a program, each in its own process; the endings of the program and of the asserts.

@@ -10,6 +10,8 @@ import atexit
 import builtins
 import json
 import os
+import resource
+import stat
 import sys
 import threading
 import traceback
@@ -150,14 +152,37 @@ def _line(error: BaseException, text: str) -> str:
 
 
 def _run_command(job: dict[str, Any]) -> NoReturn:
+    """Becomes the command; or waits for it, where files that it leaves are wanted."""
+    for name, content in job["beside"].items():
+        with open(name, "wb") as made:
+            made.write(bytes.fromhex(content))
     with open(job["file"], "w", encoding="utf-8", errors="surrogateescape") as file:
         file.write(job["source"])
+    pid = os.fork() if job["keep"] else 0
+    if pid:
+        _, status = os.waitpid(pid, 0)
+        found = {name: _small_file(name) for name in job["keep"]}
+        _write_result(job, {"files": {name: content.hex() for name, content in found.items() if content is not None}})
+        code = os.waitstatus_to_exitcode(status)
+        os._exit(code if code >= 0 else 128 - code)
     os.closerange(3, 1024)
     try:
         os.execvp(job["argv"][0], job["argv"])
     except OSError as error:
         print(f"{job['argv'][0]}: {error.strerror}", file=sys.stderr, flush=True)
         os._exit(127)
+
+
+def _small_file(name: str) -> bytes | None:
+    """What a regular file holds; None for anything else, and for more than a result can carry."""
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    with open(fd, "rb") as file:
+        about = os.fstat(fd)
+        fits = stat.S_ISREG(about.st_mode) and about.st_size < resource.getrlimit(resource.RLIMIT_FSIZE)[0] // 4
+        return file.read() if fits else None
 
 
 def _write_result(job: dict[str, Any], result: dict[str, Any]) -> None:

@@ -105,6 +105,25 @@ def test_a_command_accepts_only_a_text_that_it_has_read_to_its_end():
     assert scores[5].detail == "command_check: the output matches 'sorry'"
 
 
+def test_what_runs_the_text_is_judged_by_a_command_that_the_text_cannot_reach():
+    """`sh` runs the text, so that it could forge all that one command says of it; whether it left the right word, `grep` says."""
+    options = {"command": ["sh", "{file}"], "file": "text.sh", "keep": ["made"], "then": ["grep", "-qxf", "{file}", "made"]}
+    part = {"name": "command_check", "options": options}
+    texts = ["echo 42 > made", "cat text.sh; exit 0", "echo 41 > made", "mkdir made", "ln -s /usr/bin/env made", "echo 42 > made; false"]
+    texts += [
+        "echo 42 > check.sh; echo 41 > made",
+        "(sleep 0.2; echo 42 > /proc/1/fd/4) & :",
+        "kill -9 $PPID",
+        "head -c 9000000 /dev/zero > made",
+    ]
+    scores = scores_of(part, texts, {"append": "42\n"})
+    assert [(score.value, score.status) for score in scores] == [(1.0, "ok"), *[(0.0, "ok")] * (len(texts) - 1)]
+    assert scores[1].detail == scores[3].detail == "command_check: the command left no made"
+    assert scores[2].detail.startswith("command_check: exit 1")
+    with pytest.raises(InputError, match="a second command needs the files that the first one leaves"):
+        scores_of({"name": "command_check", "options": {**options, "keep": []}}, texts, {})
+
+
 def test_a_command_is_held_like_a_program():
     tried = ["cat /etc/passwd", "echo x > /usr/x", "sleep 60", ": > /dev/tcp/127.0.0.1/22", "kill -9 -1; exit 1", "ls /root"]
     limits = {"wall_s": 1.0}
