@@ -13,7 +13,7 @@ from enum import Enum
 from fractions import Fraction
 from functools import lru_cache
 
-from rewards.number_words import SCALES, number_in_words
+from rewards.number_words import SCALES, TENS, UNITS, number_in_words
 
 LONGEST = 1000
 """Characters; a longer text is not read as a number."""
@@ -117,7 +117,7 @@ MEASURES = frozenset(_UNIT_NAMES.values()) - {"%"} | frozenset(
 _NOT_UNITS = frozenset(
     """or and not to from if but either maybe perhaps possibly is are was than times plus minus over squared cubed factorial mod choose
     hundred thousand million billion trillion dozen score half third quarter fifth tenth pi""".split()
-)
+) | frozenset(UNITS[2:] + TENS)
 """Words that make a number another number, or a guess; a text with one of them is not read as a number with a unit."""
 _LEFT_SIDE = re.compile(r"\s*(?:[A-Za-z]|(?:(?!,\s)[-\d\s+*/().,×÷=$]|\\times|\\cdot)*)\s*")
 

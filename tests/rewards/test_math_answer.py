@@ -159,6 +159,7 @@ def test_math_verify_is_asked_for_expressions_and_only_where_it_can_be_trusted(a
         ("#### 17, 18, 19 = 18", "18", "", DIFFERENT),
         ("#### 18–20", "18", "", DIFFERENT),
         ("#### 18 is wrong", "18", "", UNKNOWN),
+        ("#### 18 two", "18", "", UNKNOWN),
         # right, however it is written
         ("<answer>57+75=132</answer>", "132", "57+75=", EQUAL),
         (r"\boxed{5\sqrt{2}}", r"5\sqrt2", r"A square with side $5\sqrt{2}$", EQUAL),

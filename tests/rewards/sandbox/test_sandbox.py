@@ -66,6 +66,13 @@ def test_humaneval_solutions_pass_and_empty_bodies_fail(sandbox, test_data):
     assert (canonical, empty) == (164, 0)
 
 
+def test_many_processes_have_the_cpu_time_of_one_program(sandbox):
+    """Each of them stays below the kernel's limit, and the first one sleeps: without a limit on their sum it would end after 50 s."""
+    source = "import os, time\nfor _ in range(4):\n    if not os.fork():\n        while True:\n            pass\ntime.sleep(100)\n"
+    ending = sandbox.script(source, "", Limits(cpu_s=1, wall_s=50.0))
+    assert ending.how == "timeout" and ending.wall_s < 45.0
+
+
 def test_a_failing_program_is_wrong_and_a_bad_row_is_an_error():
     right, wrong = "```python\ndef f(x):\n    return 2 * x\n```", "```python\ndef f(x):\n    return x\n```"
     tests = [{"function": "f", "args": [0], "expected": 0}, {"function": "f", "args": [2], "expected": 4}]
