@@ -14,9 +14,11 @@ import regex as patterns
 _SCRIPTS = {
     "zh": ("Han",), "ja": ("Han", "Hiragana", "Katakana"), "ko": ("Hangul",), "ru": ("Cyrillic",), "uk": ("Cyrillic",),
     "bg": ("Cyrillic",), "ar": ("Arabic",), "fa": ("Arabic",), "he": ("Hebrew",), "hi": ("Devanagari",), "th": ("Thai",),
-    "el": ("Greek",), "bn": ("Bengali",), "ta": ("Tamil",), "ka": ("Georgian",), "hy": ("Armenian",),
+    "el": ("Greek",), "bn": ("Bengali",), "ta": ("Tamil",), "ka": ("Georgian",), "hy": ("Armenian",), "te": ("Telugu",),
+    "kn": ("Kannada",), "ml": ("Malayalam",), "gu": ("Gujarati",), "pa": ("Gurmukhi",), "mr": ("Devanagari",), "ne": ("Devanagari",),
+    "ur": ("Arabic",),
 }  # fmt: skip
-_LATIN = ("en", "de", "fr", "es", "it", "pt", "nl", "pl", "sv", "da", "no", "fi", "cs", "hu", "ro", "tr", "vi", "id")
+_LATIN = ("en", "de", "fr", "es", "it", "pt", "nl", "pl", "sv", "da", "no", "fi", "cs", "hu", "ro", "tr", "vi", "id", "sw")
 LANGUAGES = (*_LATIN, *_SCRIPTS)
 SHORTEST = 20
 """Letters; a shorter sentence is judged by its script alone."""

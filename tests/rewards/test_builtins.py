@@ -158,6 +158,23 @@ def test_language_consistency_by_script_and_by_identifier(text, language, low, h
     assert low <= share <= high
 
 
+LIKE = {
+    "hi": "पहले हम तीन सेबों को चार नाशपातियों में जोड़ते हैं। इसलिए टोकरी में सात फल हैं और वे सभी ताज़े हैं।",
+    "mr": "प्रथम आपण तीन सफरचंदे आणि चार नाशपाती एकत्र करतो. म्हणून टोपलीत सात फळे आहेत आणि ती सर्व ताजी आहेत.",
+    "ne": "पहिले हामी तीन वटा स्याउलाई चार वटा नासपातीमा थप्छौं। त्यसैले टोकरीमा सात वटा फलफूल छन् र ती सबै ताजा छन्।",
+    "ur": "پہلے ہم تین سیبوں کو چار ناشپاتیوں میں جمع کرتے ہیں۔ اس لیے ٹوکری میں سات پھل ہیں اور وہ سب تازہ ہیں۔",
+    "fa": "ابتدا سه سیب را به چهار گلابی اضافه می‌کنیم. بنابراین هفت میوه در سبد وجود دارد و همه آنها تازه هستند.",
+    "te": "మొదట మనం మూడు ఆపిల్ పండ్లను నాలుగు బేరి పండ్లకు కలుపుతాము. కాబట్టి బుట్టలో ఏడు పండ్లు ఉన్నాయి.",
+    "sw": "Kwanza tunaongeza matufaha matatu kwa peasi nne. Kwa hiyo kuna matunda saba kwenye kikapu na yote ni mabichi.",
+    "en": ENGLISH,
+}
+
+
+@pytest.mark.parametrize("language", LIKE)
+def test_languages_that_share_a_script_are_told_apart(language):
+    assert language_consistency(["q"] * len(LIKE), list(LIKE.values()), language=language) == [float(one == language) for one in LIKE]
+
+
 def test_language_consistency_of_formulas_alone_is_unknown():
     assert language_consistency(["q"], ["$x^2$ 12 + 3 = 15"]) == [None]
     with pytest.raises(ValueError, match="does not know the language 'xx'"):
@@ -282,4 +299,4 @@ def test_all_kinds_are_tested_and_an_unknown_one_makes_the_row_unscored():
     assert instruction_constraints(["q"], ["stop"], two, [[{}, None]], all_or_nothing=True) == [0.0]
     assert instruction_constraints(["q"], ["<think>A, B"], two, [[{}, {}]]) == [0.0]
     assert instruction_constraints(["q"], ["stop"], [["new:kind"]], [[{}]]) == [None]
-    assert instruction_constraints(["q"], ["stop"], [["language:response_language"]], [[{"language": "kn"}]]) == [None]
+    assert instruction_constraints(["q"], ["stop"], [["language:response_language"]], [[{"language": "xx"}]]) == [None]
