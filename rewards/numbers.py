@@ -138,7 +138,7 @@ def exact(text: str) -> Number | None:
             return None
         value += int(mixed or 0) * bottom
     elif found["whole"] is not None or found["decimals"] is not None:
-        value = (int(_joined(found["whole"] or "0")) + _decimals(found["decimals"] or "")) * Fraction(10) ** int(found["ten"] or 0)
+        value = _decimal(_joined(found["whole"] or "0"), found["decimals"] or "", found["ten"])
         bottom = int(_joined(found["over"] or "1"))
     else:
         return None
@@ -149,12 +149,14 @@ def exact(text: str) -> Number | None:
     return Number(value, _UNIT_NAMES.get(found["currency"] or found["percent"], "") or found["percent"] or unit, found["base"] or "")
 
 
-def _decimals(text: str) -> Fraction:
-    """What stands from the point on: `.25`, and `.1\\overline{6}`, which goes on for ever."""
-    first, _, repeated = text.removeprefix(".").rstrip("}").partition(r"\overline")
-    value = Fraction(int(first or "0"), 10 ** len(first))
-    digits = repeated.strip(" {")
-    return value + (Fraction(int(digits), 10 ** len(first) * (10 ** len(digits) - 1)) if digits else 0)
+def _decimal(whole: str, decimals: str, ten: str | None) -> Fraction:
+    """`18`, `.25`, `.1\\overline{6}`, which goes on for ever, and the power of ten behind it, if any."""
+    first, _, repeated = decimals.rstrip("}").partition(r"\overline")
+    value = Fraction(whole + (first if len(first) > 1 else ""))
+    if repeated:
+        digits = repeated.strip(" {")
+        value += Fraction(int(digits), 10 ** len(first[1:]) * (10 ** len(digits) - 1))
+    return value if ten is None else value * Fraction(10) ** int(ten)
 
 
 def _joined(digits: str) -> str:
