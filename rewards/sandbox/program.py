@@ -179,10 +179,11 @@ def _small_file(name: str) -> bytes | None:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
+    about = os.fstat(fd)
+    if not stat.S_ISREG(about.st_mode) or about.st_size >= resource.getrlimit(resource.RLIMIT_FSIZE)[0] // 4:
+        return None
     with open(fd, "rb") as file:
-        about = os.fstat(fd)
-        fits = stat.S_ISREG(about.st_mode) and about.st_size < resource.getrlimit(resource.RLIMIT_FSIZE)[0] // 4
-        return file.read() if fits else None
+        return file.read()
 
 
 def _write_result(job: dict[str, Any], result: dict[str, Any]) -> None:
