@@ -22,8 +22,8 @@ from rewards.sandbox.limits import BACKENDS, REQUEST_BYTES, Limits, SandboxError
 from rewards.sandbox.values import NotPlain, encode, parse
 
 _START_S = 30.0
-_GRACE_S = 15.0
-"""How long after a job's wall time the server may take to say that it ended, before it counts as broken."""
+_GRACE_S = 60.0
+"""How long after a job's wall time the server may take to say that it ended, before it counts as broken; other work may hold the CPUs."""
 _CLOSE_S = 10.0
 """How long the server's guard may take to end all of it."""
 
