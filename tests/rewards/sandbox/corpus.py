@@ -178,7 +178,7 @@ def run(backend: str, which: str) -> dict[str, Any]:
     def one(program: Program) -> dict[str, Any]:
         test, source, limits = program.test, program.source, usual
         if program.hostile:
-            limits = Limits(**{**usual.__dict__, "cpu_s": 2, "memory_mb": 400, "wall_s": program.wall_s or 15.0})
+            limits = Limits(**{**usual.__dict__, "cpu_s": 2, "memory_mb": 400, "wall_s": program.wall_s or 30.0})
             source = PRELUDE + source
             test = test or {"stdin": targets.line(numbers), "stdout": "7919"}
         began = time.monotonic()
