@@ -8,13 +8,16 @@ inside <answer>…</answer>:
 
 Train and held-out prompts are disjoint by construction: a hash of the *unordered* pair of operands decides, so 47+85 and 85+47
 are on the same side, whatever the seed. The demonstrator for the cold start can be weak in two ways that leave GRPO its work: it
-forgets a carry, and it miscopies the result. Its digits are always right.
+forgets a carry, and it miscopies the result. Its digits are always right. It may also ask a calculator (`calculator`), as the
+conversation of `recipes/tools/calculator.py` lets a policy do; what that answers stands in the completion, marked as a tool's:
+
+    <think><calc>47+85</calc>132</think><answer>132</answer>
 """
 
 import hashlib
 import random
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 
@@ -41,6 +44,8 @@ class ArithmeticOptions(Section):
     """Probability that the demonstrator forgets a carry (or a borrow); its result then follows from the wrong working."""
     answer_error: float = pydantic.Field(default=0.0, ge=0.0, le=1.0)
     """Probability that the demonstrator's result is off by 1 or 10 from what its working says."""
+    calculator: float = pydantic.Field(default=0.0, ge=0.0, le=1.0)
+    """Probability that the demonstrator asks a calculator instead of working; its result is right then."""
 
 
 def rows(options: dict, split: str) -> list[dict[str, str]]:
@@ -53,18 +58,27 @@ def rows(options: dict, split: str) -> list[dict[str, str]]:
     return [_row(task, a, b) for a, b in _pairs(task, side)]
 
 
-def demonstrations(options: dict, count: int, seed: int) -> list[dict[str, str]]:
-    """`count` rows {prompt, completion} on train prompts, each pass over them in a new order and with new mistakes."""
+def demonstrations(options: dict, count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` rows {prompt, completion} on train prompts, each pass over them in a new order and with new mistakes.
+
+    A row in which a calculator was asked has `tool_spans` as well: begin and end of the characters that the calculator wrote.
+    """
     task = parse(options, ArithmeticOptions, "arithmetic options")
     pairs = list(_pairs(task, "train"))
     rng = random.Random(f"demonstrations {seed}")
-    demonstrated: list[dict[str, str]] = []
+    demonstrated: list[dict[str, Any]] = []
     while len(demonstrated) < count:
         rng.shuffle(pairs)
-        demonstrated += [
-            {"prompt": _prompt(task, a, b), "completion": demonstrate(task, a, b, rng)} for a, b in pairs[: count - len(demonstrated)]
-        ]
+        demonstrated += [_demonstration(task, a, b, rng) for a, b in pairs[: count - len(demonstrated)]]
     return demonstrated
+
+
+def _demonstration(task: ArithmeticOptions, a: int, b: int, rng: random.Random) -> dict[str, Any]:
+    if task.calculator and rng.random() < task.calculator:
+        asked, answer = f"<think><calc>{_prompt(task, a, b).rstrip('=')}</calc>", _answer(task, a, b)
+        completion = f"{asked}{answer}</think><answer>{answer}</answer>"
+        return {"prompt": _prompt(task, a, b), "completion": completion, "tool_spans": [[len(asked), len(asked) + len(answer)]]}
+    return {"prompt": _prompt(task, a, b), "completion": demonstrate(task, a, b, rng)}
 
 
 def demonstrate(task: ArithmeticOptions, a: int, b: int, rng: random.Random) -> str:
@@ -99,9 +113,13 @@ def _prompt(task: ArithmeticOptions, a: int, b: int) -> str:
     return f"{a}{'+' if task.operation == 'add' else '-'}{b}="
 
 
+def _answer(task: ArithmeticOptions, a: int, b: int) -> str:
+    return str(a + b if task.operation == "add" else a - b)
+
+
 def _row(task: ArithmeticOptions, a: int, b: int) -> dict[str, str]:
     prompt = _prompt(task, a, b)
-    return {"id": prompt.rstrip("="), "prompt": prompt, "answer": str(a + b if task.operation == "add" else a - b)}
+    return {"id": prompt.rstrip("="), "prompt": prompt, "answer": _answer(task, a, b)}
 
 
 def _pairs(task: ArithmeticOptions, split: Split) -> Iterator[tuple[int, int]]:

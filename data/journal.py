@@ -26,7 +26,7 @@ import numpy as np
 from data.array_blob import pack, unpack
 from data.journal_account import Account, account
 from data.journal_file import lock_for_writing, open_database
-from data.journal_sums import ABORTED, RESAMPLED, TRAINED, Sums, check_uses, sums
+from data.journal_sums import ABORTED, FAILED, RESAMPLED, TRAINED, Sums, check_uses, sums
 from data.recipe import InputError
 from data.values import Completion, Score, group_id
 
@@ -157,8 +157,8 @@ class Journal:
     def put_completions(self, completions: Sequence[Completion]) -> None:
         """Keeps finished completions, of one group or several; the first one of each index counts.
 
-        One with finish_reason `abort` is not kept: its tokens count as wasted and its index stays to be asked again. So do tokens
-        that come after their group was dropped.
+        One with finish_reason `abort` is not kept: its tokens count as wasted (`failed` if its conversation failed) and its index stays
+        to be asked again. So do tokens that come after their group was dropped.
         """
         groups: dict[str, list[Completion]] = {}
         for completion in completions:
@@ -176,7 +176,7 @@ class Journal:
             place = (key, completion.index)
             sampled = int(completion.mask.sum())
             if completion.finish_reason == "abort":
-                self._waste(place, sampled, ABORTED, completion.engine)
+                self._waste(place, sampled, FAILED if completion.failed else ABORTED, completion.engine)
                 continue
             if completion.index not in held and live is not None:
                 self._waste(place, sampled, ABORTED if live[0] == TRAINED else live[0], completion.engine)
@@ -213,7 +213,7 @@ class Journal:
         return {
             index: Completion(
                 prompt_id=attempt.slot.prompt_id, group_id=group, index=index, attempt=attempt.attempt, seed=seed,
-                finish_reason=finish_reason, engine=engine, **unpack(data),
+                finish_reason=finish_reason, engine=engine, **unpack(data),  # type: ignore[arg-type]
             )
             for index, seed, finish_reason, engine, data in self._db.execute(query, (attempt.key,))
         }  # fmt: skip

@@ -64,6 +64,9 @@ class Completion:
     """Compact integers [prompt tokens + T, L, K]: experts chosen at each position, MoE layers only; the last token has none."""
     routes_valid: np.ndarray | None = None
     """bool [prompt tokens + T], where `routes` holds what the engine really used."""
+    failed: Score | None = None
+    """Why its conversation (`rollout.conversation`) did not come to an end: the Score it gets, without being judged. It then holds
+    what was sampled so far, ends with `abort`, and no journal keeps it."""
 
     @property
     def id(self) -> str:

@@ -62,7 +62,7 @@ class Alarms:
         """Takes a step's groups; `text` gives a completion's text."""
         scores = [score for group in groups for score in group.scores]
         self._note("reward", (score.value for score in scores))
-        self._note("length", (float(len(c.token_ids)) for group in groups for c in group.completions))
+        self._note("length", (float(c.mask.sum()) for group in groups for c in group.completions))
         names = [name for name in dict.fromkeys(name for score in scores for name in score.parts) if name in (*self._shadows, *FORMATS)]
         for name in names:
             self._note(name, (score.parts.get(name) for score in scores))

@@ -30,11 +30,16 @@ class ScoreJob:
     columns: Mapping[str, Any]
     """The row's other columns."""
     global_step: int = 0
+    completion_masks: Sequence[Sequence[int] | np.ndarray] | None = None
+    """Of each, 1 where the policy wrote the token and 0 where a tool did; None: it wrote all of them."""
 
     @classmethod
-    def of(cls, prompt: Prompt, group_id: str, completions: Sequence[str], completion_ids: Sequence[Any], step: int) -> "ScoreJob":
+    def of(
+        cls, prompt: Prompt, group_id: str, completions: Sequence[str], completion_ids: Sequence[Any], step: int,
+        completion_masks: Sequence[Any] | None = None,
+    ) -> "ScoreJob":  # fmt: skip
         """A group of a prompt's completions."""
-        return cls(group_id, prompt.prompt, prompt.text, completions, completion_ids, prompt.columns, step)
+        return cls(group_id, prompt.prompt, prompt.text, completions, completion_ids, prompt.columns, step, completion_masks)
 
 
 def request_line(job: ScoreJob, call_id: int, function: str, indices: Sequence[int], named: Sequence[str] | None) -> bytes:
@@ -55,6 +60,8 @@ def request_line(job: ScoreJob, call_id: int, function: str, indices: Sequence[i
         "group_id": job.group_id,
         "global_step": job.global_step,
     }
+    if job.completion_masks is not None and (named is None or "completion_masks" in named):
+        request["completion_masks"] = [job.completion_masks[i] for i in indices]
     return json.dumps(request, default=_as_json).encode() + b"\n"
 
 

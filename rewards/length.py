@@ -21,6 +21,7 @@ def length(
     prompts: list[str | Messages],
     completions: list[str | Messages],
     completion_ids: list[list[int]],
+    completion_masks: list[list[int]] | None = None,
     group_ids: list[str] | None = None,
     prompt_texts: list[str] | None = None,
     answer: list[Any] | None = None,
@@ -36,7 +37,8 @@ def length(
     """Rewards by `kind`. `buffer`: tokens before max_tokens, a fifth of it unless told; `right`, `wrong`: worth at 0 and
     max_tokens.
     """
-    lengths = [len(ids) for ids in completion_ids]
+    # What a tool wrote is no length of the policy's.
+    lengths = [len(ids) for ids in completion_ids] if completion_masks is None else [sum(mask) for mask in completion_masks]
     if kind not in ("soft_overlong", "cosine", "group"):
         raise ValueError(f"length has no kind '{kind}'; there are soft_overlong, cosine and group")
     if kind != "group" and not max_tokens:

@@ -14,6 +14,8 @@ from pathlib import Path
 from data.recipe import nearest
 
 ENTRY_POINTS = "cohort.rewards"
+CONVERSATIONS = "cohort.conversations"
+"""Entry points of the functions that `rollout.conversation` may name, which are found in the same way."""
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,16 @@ class Plugin:
     """Its name in the source."""
 
 
-def find_plugin(text: str) -> Plugin:
+def find_plugin(text: str, group: str = ENTRY_POINTS) -> Plugin:
     """The plugin that a recipe names; raises ValueError with one line if it is not there or does not bind that function."""
     source, colon, function = text.rpartition(":")
     if colon:
         plugin = Plugin(function, source, function)
     else:
-        found = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+        found = {point.name: point for point in entry_points(group=group)}
         if text not in found:
             way_out = "a plugin is ./file.py:function, package.module:function, or an installed entry point"
-            raise ValueError(f"no entry point '{text}' in the group {ENTRY_POINTS}{nearest(text, list(found))} ({way_out})")
+            raise ValueError(f"no entry point '{text}' in the group {group}{nearest(text, list(found))} ({way_out})")
         source, _, function = found[text].value.partition(":")
         plugin = Plugin(text, source, function)
     names = _names_bound(find_source(plugin.source))

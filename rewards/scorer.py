@@ -102,8 +102,11 @@ class Scorer:
         names = list(dict.fromkeys([*(p.key for p in parts), *self._shadows, *(p.requires for p in parts if p.requires)]))
         calls = [self._call(number, job, name, whole) for name in names]
         outcomes = {name: [Outcome(None, "unscored")] * len(whole) for name in names}
-        self._inbox.put((number, _Group(key, job, parts, len(calls), outcomes), calls))
         self._pending += 1
+        if not whole:  # of a group without a completion to judge nothing is asked
+            self._done.put(_Group(key, job, parts, 0, outcomes))
+            return
+        self._inbox.put((number, _Group(key, job, parts, len(calls), outcomes), calls))
         os.write(self._wake_write, b"\0")
 
     def poll(self, timeout_s: float = 0.0) -> list[tuple[Hashable, list[Score]]]:
@@ -155,7 +158,8 @@ class Scorer:
         names = Counter(score.detail.partition(":")[0] for score in failed)
         name, count = names.most_common(1)[0]
         detail = next(score.detail for score in failed if score.detail.startswith(f"{name}:"))
-        head = f"{len(failed)} of {len(scores)} scores failed, {count} of them in the reward function '{name}': {detail}"
+        where = detail if name.startswith("rollout.") else f"the reward function '{name}': {detail}"
+        head = f"{len(failed)} of {len(scores)} scores failed, {count} of them in {where}"
         return "\n".join([head, *[trace for said, trace in self._tracebacks.items() if detail.startswith(said)][:1]])
 
     def close(self) -> None:

@@ -134,13 +134,16 @@ def _arguments(request: dict[str, Any], notes: _Notes) -> dict[str, Any]:
         "prompt_texts": request["prompt_text"],
         "group_ids": request["group_id"],
     }
-    return {name: [copy.deepcopy(value) for _ in texts] for name, value in once.items()} | {
+    arguments = {name: [copy.deepcopy(value) for _ in texts] for name, value in once.items()} | {
         "completions": [[{"role": "assistant", "content": text}] for text in texts] if chat else texts,
         "completion_ids": request["completion_ids"],
         "trainer_state": SimpleNamespace(global_step=request["global_step"]),
         "log_extra": notes.log_extra,
         "log_metric": notes.log_metric,
     }
+    if "completion_masks" in request:  # a tool wrote some of it
+        arguments["completion_masks"] = request["completion_masks"]
+    return arguments
 
 
 def _value(item: Any) -> float | dict[str, str] | None:
@@ -172,10 +175,10 @@ def _loaded(functions: list[dict[str, Any]]) -> tuple[Worker, dict[str, Any]]:
     for wanted in functions:
         name = wanted["name"]
         try:
-            found[name] = _import(wanted["source"], wanted["function"])
+            found[name] = import_function(wanted["source"], wanted["function"])
             parameters = inspect.signature(found[name]).parameters.values()
             if wanted["prepares"]:
-                said.append(_import(wanted["source"], "prepare")(**wanted["options"]))
+                said.append(import_function(wanted["source"], "prepare")(**wanted["options"]))
         except Exception as error:  # noqa: BLE001 - whatever its module raises is what the user must see
             return Worker({}, {}), {"failed": name, "error": _raised(error), "traceback": traceback.format_exc()}
         named[name] = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
@@ -194,8 +197,8 @@ def _loaded(functions: list[dict[str, Any]]) -> tuple[Worker, dict[str, Any]]:
     }
 
 
-def _import(source: str, function: str) -> Any:
-    """Imports a reward function. What its module raises is not caught."""
+def import_function(source: str, function: str) -> Any:
+    """Imports a function from outside. What its module raises is not caught."""
     if not source.endswith(".py"):
         return getattr(importlib.import_module(source), function)
     path = Path(source).resolve()

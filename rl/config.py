@@ -7,11 +7,12 @@ version does not have are refused by name, never ignored.
 import math
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data.prompt_config import PromptsConfig
 from data.recipe import Section
 from rewards.config import RewardsConfig
+from rewards.plugins import CONVERSATIONS, find_plugin
 
 
 class RunConfig(Section):
@@ -81,7 +82,7 @@ class RolloutConfig(Section):
     group_size: int = Field(8, ge=2)
     """G: completions of a prompt that are judged against each other. One alone has nothing to be judged against."""
     max_tokens: int = Field(64, ge=1)
-    """Longest completion, in tokens."""
+    """Longest completion, in tokens; in a conversation all turns together, with what tools wrote between them."""
     max_model_len: int | None = Field(None, ge=2)
     """Longest prompt and completion together, in tokens; null: the longest prompt plus max_tokens."""
     temperature: float = Field(1.0, gt=0.0, le=10.0)
@@ -90,6 +91,11 @@ class RolloutConfig(Section):
     top_k: int = 0
     stop: list[str] = []
     """Strings that end a completion, besides the tokenizer's end of text; they stay in it."""
+    conversation: str | None = None
+    """An async function that makes a completion of several turns, with tools between them (`rl/conversation.py`): ./file.py:function,
+    package.module:function, or an installed entry point of `cohort.conversations`. null: a completion is one turn."""
+    conversation_timeout_s: float = Field(30.0, gt=0.0)
+    """Longest that a conversation may take between two turns of the policy; one that takes longer is a failed completion."""
     slots: int = Field(128, ge=1)
     """Completions an engine decodes at once (vLLM's max_num_seqs)."""
     weights: Literal["file", "nccl"] = "file"
@@ -159,6 +165,13 @@ class RolloutConfig(Section):
                 "weights nccl joins GPUs, and under placement colocate both ends are on one, which NCCL refuses; take weights: file"
             )
         return self
+
+    @field_validator("conversation")
+    @classmethod
+    def _conversation(cls, value: str | None) -> str | None:
+        if value is not None:
+            find_plugin(value, CONVERSATIONS)
+        return value
 
 
 class AdvantageConfig(Section):

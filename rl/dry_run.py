@@ -239,6 +239,8 @@ def _step(recipe: TrainRecipe, machine: Machine, inputs: Inputs, longest: int | 
         f"a step: {p} prompts x {g} = {p * g:,} completions, at most {p * g:,} x {rollout.max_tokens} = "
         f"{p * g * rollout.max_tokens:,} tokens sampled; {again}"
     ]
+    if rollout.conversation is not None:
+        lines.append(f"  in turns, by {rollout.conversation}; {rollout.max_tokens} holds for all turns and what tools write between them")
     updates = learner.steps_per_batch * learner.epochs_per_batch
     ranks = learner_ranks(recipe, machine)
     if longest is not None and ranks > 0:

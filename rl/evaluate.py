@@ -68,12 +68,12 @@ def evaluate_policy(recipe: TrainRecipe, logs: Path) -> "list[Evaluation]":
     import torch
 
     from rewards.scorer import Scorer
+    from rl.conversation_pool import make_pool
     from rl.engines.base import Sampling
     from rl.engines.make import check_engines, make_engines
     from rl.evaluation import evaluate
     from rl.fp8.folder import engine_policy
     from rl.policy import load_tokenizer, policy_folder
-    from rl.pool import RolloutPool
 
     config = recipe.eval
     torch.set_num_threads(recipe.learner.threads or min(os.cpu_count() or 1, 16))
@@ -87,7 +87,7 @@ def evaluate_policy(recipe: TrainRecipe, logs: Path) -> "list[Evaluation]":
         passes.append((1, 0.0))
     engines = make_engines(recipe.rollout, recipe.policy, engine_policy(recipe.policy, source, logs / "policy"), max_model_len, logs)
     found = []
-    with Scorer(recipe.rewards, log_dir=logs) as scorer, RolloutPool(engines, stall_s=recipe.rollout.stall_s, say=_say) as pool:
+    with Scorer(recipe.rewards, log_dir=logs) as scorer, make_pool(recipe.rollout, engines, tokenizer, _say) as pool:
         for samples, temperature in passes:
             sampling = Sampling(config.max_tokens or recipe.rollout.max_tokens, temperature, tuple(recipe.rollout.stop))
             found.append(
@@ -121,6 +121,7 @@ def numbers(recipe: TrainRecipe, found: "list[Evaluation]") -> dict[str, Any]:
                 **{f"pass@{k}": {"value": e.value, "ci95": _finite(e.half)} for k, e in one.pass_at.items()},
                 **({f"maj@{one.samples}": {"value": one.maj.value, "ci95": _finite(one.maj.half)}} if one.samples > 1 else {}),
                 "mean_length": one.mean_length,
+                **({"turns": one.turns} if one.turns is not None else {}),
                 "entropy": one.entropy,
                 "unscored": one.unscored,
                 "seconds": one.seconds,
@@ -144,6 +145,8 @@ def table(recipe: TrainRecipe, found: "list[Evaluation]") -> str:
     if found[0].samples > 1:
         rows.add_row(f"maj@{found[0].samples}", *(str(one.maj) if one.samples > 1 else "-" for one in found))
     rows.add_row("mean length", *(f"{one.mean_length:.1f} tokens" for one in found))
+    if found[0].turns is not None:
+        rows.add_row("turns", *(f"{one.turns:.2f}" for one in found))
     rows.add_row("entropy", *(f"{one.entropy:.3f} nats a token" for one in found))
     rows.add_row("without a verdict", *(f"{one.unscored}" for one in found))
     rows.add_row("time", *(f"{one.seconds:.1f} s" for one in found))

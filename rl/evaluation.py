@@ -18,10 +18,11 @@ from transformers import PreTrainedTokenizerBase
 from data.values import Completion, Prompt, Score, completion_seed
 from rewards.answers import find_answer
 from rewards.scorer import Scorer
+from rl.conversation_pool import ConversationPool
 from rl.engines.base import Request, Sampling
-from rl.metrics import entropy_of
+from rl.metrics import entropy_of, turns
 from rl.pool import RolloutPool
-from rl.stream import POLL_S, RunStopped, job_of
+from rl.stream import POLL_S, RunStopped, in_place, job_of
 
 Z95 = 1.959964
 """Quantile of the normal distribution for 95 % intervals."""
@@ -50,7 +51,9 @@ class Evaluation:
     maj: Estimate
     """maj@samples: whether the most frequent answer is right; ties share."""
     mean_length: float
-    """Tokens."""
+    """Tokens that the policy wrote."""
+    turns: float | None
+    """Stretches that the policy wrote; None where a completion is one turn."""
     entropy: float
     """Nats a token at the engine's temperature (of greedy: -log p of the chosen token)."""
     unscored: int
@@ -63,6 +66,8 @@ class Evaluation:
         numbers = {f"{prefix}/pass@{k}": e.value for k, e in self.pass_at.items()}
         if self.samples > 1:
             numbers |= {f"{prefix}/maj@{self.samples}": self.maj.value}
+        if self.turns is not None:
+            numbers |= {f"{prefix}/turns": self.turns}
         return numbers | {
             f"{prefix}/pass@1_ci95": self.pass_at[1].half,
             f"{prefix}/mean_length": self.mean_length,
@@ -113,6 +118,7 @@ def evaluate(
     Seeds depend on `seed`, prompt and index alone, so that evaluations of two policies share their random numbers.
     """
     began = time.perf_counter()
+    several_turns = isinstance(pool, ConversationPool)
     done: dict[str, dict[int, Completion]] = {f"{label}/{prompt.id}": {} for prompt in prompts}
     by_group = {f"{label}/{prompt.id}": prompt for prompt in prompts}
     scores: dict[str, list[Score]] = {}
@@ -122,8 +128,9 @@ def evaluate(
 
     for position, prompt in enumerate(prompts):
         group_id = f"{label}/{prompt.id}"
+        seen = prompt if several_turns else None
         pool.submit([
-            Request(prompt.id, group_id, 0, i, completion_seed(seed, prompt.id, 0, i), prompt.token_ids, sampling, position)
+            Request(prompt.id, group_id, 0, i, completion_seed(seed, prompt.id, 0, i), prompt.token_ids, sampling, position, seen)
             for i in range(samples)
         ])  # fmt: skip
     while len(scores) < len(done):
@@ -134,8 +141,10 @@ def evaluate(
                 rows = [group[i] for i in range(samples)]
                 scorer.submit(completion.group_id, job_of(by_group[completion.group_id], completion.group_id, rows, text, -1))
         for key, group_scores in scorer.poll(0.0 if pool.open else POLL_S):
-            scores[str(key)] = group_scores
-    return _summary(done, scores, by_group, text, sampling, samples, part, time.perf_counter() - began)
+            rows = [done[str(key)][i] for i in range(samples)]
+            scores[str(key)] = in_place(rows, group_scores, lambda c: c.failed)
+    seconds = time.perf_counter() - began
+    return _summary(done, scores, by_group, text, sampling, samples, part, seconds, scorer.explain, several_turns)
 
 
 def _summary(
@@ -147,6 +156,8 @@ def _summary(
     samples: int,
     part: str,
     seconds: float,
+    explain: Callable[[Sequence[Score]], str],
+    several_turns: bool,
 ) -> Evaluation:
     per_prompt: dict[int, list[float]] = defaultdict(list)
     votes = []
@@ -165,7 +176,8 @@ def _summary(
         answers = [find_answer(text(group[i]), by_group[group_id].text) for i, _ in verdicts]
         votes.append(majority(answers, right))
     if not votes:
-        raise RunStopped(f"evaluation: none of {samples * len(done)} completions got a verdict from '{part}'")
+        all_scores = [score for group in scores.values() for score in group]
+        raise RunStopped(f"evaluation: none of {len(all_scores)} completions got a verdict from '{part}'; {explain(all_scores)}")
     completions = [c for group in done.values() for c in group.values()]
     return Evaluation(
         prompts=len(done),
@@ -173,7 +185,8 @@ def _summary(
         temperature=sampling.temperature,
         pass_at={k: estimate(values) for k, values in per_prompt.items()},
         maj=estimate(votes),
-        mean_length=fmean(len(c.token_ids) for c in completions),
+        mean_length=fmean(int(c.mask.sum()) for c in completions),
+        turns=fmean(map(turns, completions)) if several_turns else None,
         entropy=entropy_of(completions),
         unscored=unscored,
         seconds=seconds,

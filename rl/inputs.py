@@ -1,16 +1,19 @@
 """What a run needs to find before a model is loaded: policy, prompts, rewards, room on the disk. Loads neither torch nor vllm."""
 
 import importlib.util
+import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data.prompt_config import PromptsConfig
 from data.prompt_files import is_hub_id
 from data.prompts import PromptSet, check_prompts, read_prompts
 from data.recipe import InputError
+from rewards.plugins import CONVERSATIONS, find_plugin
+from rewards.worker import import_function
 from rl.config import PolicyConfig, RolloutConfig, TrainRecipe
 
 if TYPE_CHECKING:
@@ -29,6 +32,25 @@ def check_inputs(recipe: TrainRecipe) -> None:
     check_engine(recipe)
     check_router(recipe, config_file(recipe.policy))
     check_trackers(recipe)
+    check_conversation(recipe.rollout)
+
+
+def check_conversation(rollout: RolloutConfig) -> None:
+    if rollout.conversation is not None:
+        load_conversation(rollout.conversation)
+
+
+def load_conversation(named: str) -> Callable[..., Awaitable[Any]]:
+    """The function that `rollout.conversation` names; InputError if its module does not load, or it is no async function."""
+    plugin = find_plugin(named, CONVERSATIONS)
+    try:
+        function = import_function(plugin.source, plugin.function)
+    except Exception as error:  # whatever its module raises is what the user must see
+        said = " ".join(str(error).split())
+        raise InputError(f"rollout.conversation: {plugin.source} cannot be imported: {type(error).__name__}: {said}") from error
+    if not inspect.iscoroutinefunction(function):
+        raise InputError(f"rollout.conversation: {named} is no async function; it is `async def {plugin.function}(generate, prompt)`")
+    return function
 
 
 def is_local(path: str) -> bool:

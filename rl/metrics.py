@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
 
+import numpy as np
+
 from data.values import Completion, Group
 
 
@@ -17,7 +19,7 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     values = [s.value for g in groups for s in g.scores if s.value is not None]
     stds = [pstdev(v) for g in groups if len(v := [s.value for s in g.scores if s.value is not None]) >= 2]
     completions = [c for g in groups for c in g.completions]
-    lengths = [len(c.token_ids) for c in completions]
+    lengths = [int(c.mask.sum()) for c in completions]  # what the policy wrote, as trl counts it
     numbers = {
         "reward": fmean(values),
         "reward_std": fmean(stds),
@@ -38,6 +40,22 @@ def length_bias(groups: Sequence[Group], tokens: int, completions: int) -> dict[
     """
     lengths = [int(c.mask.sum()) for group in groups if teaches(group) for c in group.completions]
     return {"completions/length_bias": fmean(lengths) * completions / tokens} if lengths and tokens else {}
+
+
+def turns(completion: Completion) -> int:
+    """Stretches that the policy wrote, with a tool's output between two of them."""
+    edges = np.diff(completion.mask.astype(np.int8), prepend=0)
+    return int((edges == 1).sum())
+
+
+def turn_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """What conversations were like, and how many failed; of all groups that a step sampled."""
+    completions = [c for g in groups for c in g.completions]
+    return {
+        "conversation/turns": fmean(map(turns, completions)),
+        "conversation/tool_tokens": fmean(len(c.token_ids) - int(c.mask.sum()) for c in completions),
+        "conversation/failed": sum(c.failed is not None for c in completions),
+    }
 
 
 def part_means(groups: Sequence[Group]) -> dict[str, float]:

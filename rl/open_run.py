@@ -29,6 +29,7 @@ from rewards.scorer import Scorer
 from rl.ahead import AheadStream, Pump
 from rl.checkpoint import check_room, full_disk_named
 from rl.config import TrainRecipe
+from rl.conversation_pool import make_pool
 from rl.engines.make import check_engines, make_engines
 from rl.engines.nccl import NcclSync
 from rl.engines.vllm import preload
@@ -41,7 +42,6 @@ from rl.lora import add_adapter
 from rl.metrics_file import MetricsFile
 from rl.placement import ColocatedStream, ColocatedSync, Turns
 from rl.policy import DTYPES, load_model, load_tokenizer, policy_fingerprint, policy_folder
-from rl.pool import RolloutPool
 from rl.progress import Display
 from rl.ranks import Ranks
 from rl.router import cut_router
@@ -279,7 +279,7 @@ def _open_rollouts(run: Run, source: Path, prompts: PromptSet, max_model_len: in
     run.scorer = stack.enter_context(Scorer(recipe.rewards, log_dir=folder / "logs"))
     returns_routes = recipe.loss.replay == "rollout"
     engines = make_engines(recipe.rollout, recipe.policy, source, max_model_len, folder / "logs", returns_routes=returns_routes)
-    run.pool = stack.enter_context(RolloutPool(engines, stall_s=recipe.rollout.stall_s, say=run.display.say))
+    run.pool = stack.enter_context(make_pool(recipe.rollout, engines, run.tokenizer, run.display.say))
     parts = (PromptStream(prompts.prompts, recipe.run.seed), run.pool, run.scorer, run.journal, run.tokenizer, recipe.rollout)
     named: dict[str, Any] = {"run": recipe.run.name, "seed": recipe.run.seed, "max_error_rate": recipe.rewards.max_error_rate}
     if recipe.rollout.max_staleness:

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,7 +142,7 @@ def decode_groups(header: dict, flat: torch.Tensor) -> list[Group]:
         prompt = Prompt(id=pid, prompt="", text="", token_ids=take(prompt_tokens, np.int32))
         completions = []
         for index, seed, tokens, finish_reason, engine, routes in rows:
-            fields = {name: take(tokens, kind) for name, kind in ARRAYS.items()}
+            fields: dict[str, Any] = {name: take(tokens, kind) for name, kind in ARRAYS.items()}
             if routes is not None:
                 count = int(np.prod(routes["shape"]))
                 fields["routes"] = take(count, np.dtype(routes["dtype"])).reshape(routes["shape"])

@@ -44,4 +44,4 @@ def _cell(name: str, numbers: dict[str, float]) -> str:
     if "pass@" in name or "maj@" in name:
         half = numbers.get(f"{name}_ci95")
         return f"{100 * value:.1f} %" + (f" ± {100 * half:.1f}" if half is not None else "")
-    return f"{value:.3f}" if "entropy" in name else f"{value:g}" if value == int(value) else f"{value:.1f}"
+    return f"{value:.3f}" if "entropy" in name or "turns" in name else f"{value:g}" if value == int(value) else f"{value:.1f}"

@@ -108,7 +108,7 @@ class Run:
         advantages += [[None] * len(end.group.completions) for end in ended[len(groups) :]]  # those that were not handed over
         texts = [[self.stream.stream.text(c) for c in end.group.completions] for end in ended]
         outcomes = [end.outcomes() for end in ended]
-        extras = [self.scorer.extras(end.group.id) for end in ended]
+        extras = [self.stream.stream.extras(end.group) for end in ended]
         write_completions(self.folder.path / "completions", done, [end.group for end in ended], texts, advantages, outcomes, extras)
 
     def save(self, done: int) -> None:

@@ -25,7 +25,7 @@ from rewards.job import ScoreJob
 from rewards.scorer import Scorer, means_of_logged
 from rl.config import RolloutConfig
 from rl.engines.base import Request, Sampling
-from rl.metrics import group_metrics, length_bias, teaches
+from rl.metrics import group_metrics, length_bias, teaches, turn_metrics
 from rl.pool import RolloutPool
 from rl.ranks import Ranks
 
@@ -208,6 +208,11 @@ class GroupStream:
         """The pool and the scorer have nothing to do within, and can be used for something else."""
         yield
 
+    def extras(self, group: Group) -> dict[str, list[Any]]:
+        """What reward functions logged of a group's completions by `log_extra`, by column; once."""
+        columns = self.scorer.extras(group.id)
+        return {name: in_place(group.completions, values, lambda c: None) for name, values in columns.items()}
+
     def text(self, completion: Completion) -> str:
         """What the completion says, as reward functions and people read it."""
         return self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
@@ -260,6 +265,7 @@ class GroupStream:
             prompt_ids=group.prompt.token_ids,
             sampling=self.sampling,
             position=attempt.slot.position,
+            prompt=group.prompt if self.config.conversation else None,
         )
 
     def _arrived(self, completion: Completion) -> None:
@@ -277,6 +283,7 @@ class GroupStream:
 
     def _judged(self, group_id: str, scores: Sequence[Score], now: _Step) -> None:
         group, logged = self.scoring.pop(group_id), self.scorer.logged(group_id)
+        scores = in_place([group.done[index] for index in range(group.attempt.size)], scores, lambda c: c.failed)
         self.journal.put_scores(group_id, dict(enumerate(scores)), logged)
         self._scored(group, scores, logged, now)
 
@@ -312,6 +319,8 @@ class GroupStream:
         numbers = means_of_logged(now.logged)  # first, so that no name given to `log_metric` hides one of ours
         numbers |= self.scorer.metrics() | group_metrics(self.handed) | self.pool.metrics()
         numbers |= length_bias(self.handed, now.tokens, len(now.scores))
+        if self.config.conversation is not None:
+            numbers |= turn_metrics([*self.handed, *(end.group for end in self.dropped)])
         return numbers | {
             "tokens/sampled": now.tokens,
             "time/rollout_s": now.rollout_s,
@@ -356,6 +365,14 @@ class SharedStream:
 
 
 def job_of(prompt: Prompt, group_id: str, completions: Sequence[Completion], text: Callable[[Completion], str], step: int) -> ScoreJob:
-    """What reward functions are told of a group."""
-    ids = [c.token_ids for c in completions]
-    return ScoreJob.of(prompt, group_id, [text(c) for c in completions], ids, step)
+    """What reward functions are told of a group: nothing of a completion whose conversation failed."""
+    judged = [c for c in completions if c.failed is None]
+    tools = any(c.mask.any() and not c.mask.all() for c in judged)
+    masks = [c.mask for c in judged] if tools else None
+    return ScoreJob.of(prompt, group_id, [text(c) for c in judged], [c.token_ids for c in judged], step, masks)
+
+
+def in_place(completions: Sequence[Completion], judged: Sequence[Any], of_failed: Callable[[Completion], Any]) -> list[Any]:
+    """What was said of those completions of a group that were judged, at their places among all."""
+    said = iter(judged)
+    return [next(said) if c.failed is None else of_failed(c) for c in completions]

@@ -41,6 +41,12 @@ class ExpertConfig(Section):
     """With `sampled`: groups of this step and later ones, whose policy was better trained."""
 
     @model_validator(mode="after")
+    def _one_turn(self) -> "ExpertConfig":
+        if self.rollout.conversation is not None:
+            raise ValueError("rollout.conversation: a record cannot say what a tool wrote, and SFT would learn it; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _sampled_alone(self) -> "ExpertConfig":
         if self.sampled is None and self.since_step:
             raise ValueError("since_step goes with `sampled`, the folder of a run")

@@ -1,7 +1,8 @@
 """Rows for supervised fine-tuning: what is read before the assistant's turn, and the turn itself.
 
-A row is {prompt, completion}, both text or both lists of chat messages, or {messages}, as Records are. They come from files or from
-a built-in task's demonstrator, and are read and checked in full before a policy is loaded, so that a bad row is a line with its
+A row is {prompt, completion}, both text or both lists of chat messages, or {messages}, as Records are. Of a text a tool may have
+written a part: `tool_spans`, [[begin, end], …] in characters of the completion, is read and not learned. Rows come from files or
+from a built-in task's demonstrator, and are read and checked in full before a policy is loaded, so that a bad row is a line with its
 place and not a stack trace in the middle of a run. Imports nothing heavy.
 """
 
@@ -45,6 +46,8 @@ def _form(row: dict[str, Any]) -> str:
 def _as_chat(row: dict[str, Any]) -> dict[str, Any]:
     if _form(row) == "chat":
         return row
+    if "tool_spans" in row:
+        raise InputError("data.chat: a completion that a tool wrote in part (tool_spans) has no form as a chat; set chat: false")
     return {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
 
 
@@ -62,10 +65,22 @@ def _checked(row: Row) -> dict[str, Any]:
     if isinstance(prompt, str) != isinstance(completion, str):
         raise InputError(f"{row.place}: prompt and completion must both be text or both lists of chat messages")
     if isinstance(prompt, str):
-        return {"prompt": prompt, "completion": completion}
+        spans = row.values.get("tool_spans")
+        return {"prompt": prompt, "completion": completion} | ({"tool_spans": _spans(row.place, spans, completion)} if spans else {})
     if len(completion) != 1:
         raise InputError(f"{row.place}: the completion has {len(completion)} messages; give it one, or the whole chat as `messages`")
     return {"prompt": _chat(row.place, "prompt", prompt), "completion": _chat(row.place, "completion", completion, ends="assistant")}
+
+
+def _spans(place: str, spans: Any, completion: str) -> list[list[int]]:
+    try:
+        pairs = [[int(begin), int(end)] for begin, end in spans]
+    except (TypeError, ValueError):
+        pairs = [[-1, -1]]
+    flat = [0, *(edge for pair in pairs for edge in pair), len(completion)]
+    if flat != sorted(flat):
+        raise InputError(f"{place}: tool_spans is {spans!r:.60}; it must be [[begin, end], …] in characters of the completion, in order")
+    return pairs
 
 
 def _chat(place: str, name: str, messages: Any, ends: str | None = None) -> list[dict[str, str]]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from data.journal import Attempt, Journal
 from data.parquet import read_rows
-from data.recipe import read_recipe, resolved_yaml
+from data.recipe import InputError, read_recipe, resolved_yaml
 from data.values import Completion, Score
 from rl.config import TrainRecipe
 
@@ -37,6 +37,8 @@ class SampledRun:
     def __init__(self, folder: Path, since_step: int):
         self.folder = folder
         self.recipe = read_recipe(folder / "recipe.yaml", [], TrainRecipe)
+        if self.recipe.rollout.conversation is not None:
+            raise InputError(f"experts: {folder} sampled conversations: a record cannot say what a tool wrote; take a run of single turns")
         self.since_step = since_step
         self.lost = 0
 

@@ -21,7 +21,7 @@ from data.recipe import InputError, Section, nearest, read_recipe, resolved_yaml
 from rewards.config import RewardsConfig
 from rl.command import command_line, mistake
 from rl.config import EvalConfig, LearnerConfig, PolicyConfig, RolloutConfig, RunConfig, TrainRecipe
-from rl.inputs import check_engine, check_policy
+from rl.inputs import check_conversation, check_engine, check_policy
 from rl.run_folder import RunFolder
 
 Z95 = 1.959964
@@ -98,6 +98,7 @@ def main() -> int:
         for domain in recipe.domains:
             check_prompts(domain.prompts)
         check_engine(recipe.evaluation(recipe.policies[0], recipe.domains[0]))
+        check_conversation(recipe.rollout)
         folder.claim()
         found = {(p.name, d.name): evaluated(recipe, p, d, folder.path) for p in recipe.policies for d in recipe.domains}
     except InputError as error:

@@ -2,8 +2,9 @@
 
 Learned is what an assistant wrote, with the token that ends its turn; what is read before is not. The prompt is tokenised as an
 engine would see it (text as it stands, a chat up to where the assistant's turn opens), and what follows is tokenised by itself, so
-that no token reaches over the place where sampling begins. A chat with several assistant turns needs a template that marks them
-(`{% generation %}`, which trl brings for the templates it knows).
+that no token reaches over the place where sampling begins. What a tool wrote of a completion (`tool_spans`) is tokenised by itself as
+well, as a conversation does it (`rl/conversation.py`), and not learned. A chat with several assistant turns needs a template that
+marks them (`{% generation %}`, which trl brings for the templates it knows).
 
 Rows longer than the context are refused by number, or left out and counted. None ever loses its end.
 """
@@ -64,7 +65,9 @@ def _row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, marked: Marked
     """Token ids and labels of one row; ValueError or TemplateError where the chat template does not fit it."""
     if isinstance(row.get("prompt"), str):
         prompt = tokenizer(row["prompt"])["input_ids"]
-        return _joined(prompt, _ended(_plain(row["completion"], tokenizer), tokenizer))
+        ids, labels = _written(row["completion"], row.get("tool_spans", []), tokenizer)
+        ended = _ended(ids, tokenizer)
+        return prompt + ended, [IGNORED] * len(prompt) + (labels + ended[len(ids) :])[: len(ended)]
     messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
     if "messages" in row and sum(message["role"] == "assistant" for message in messages) > 1:
         return _every_turn(messages, tokenizer, marked(tokenizer))
@@ -74,6 +77,17 @@ def _row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, marked: Marked
     if not whole.startswith(opened):
         raise ValueError(f"the chat template writes a finished turn otherwise than it opens one ({opened[-40:]!r} does not begin it)")
     return _joined(_plain(opened, tokenizer), _ended(_plain(whole[len(opened) :], tokenizer), tokenizer))
+
+
+def _written(text: str, tool_spans: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[Ids, Ids]:
+    """Token ids and labels of a completion of which a tool wrote these spans."""
+    ids, labels, at = Ids(), Ids(), 0
+    for begin, end in [*tool_spans, [len(text), len(text)]]:
+        own, tools = _plain(text[at:begin], tokenizer), _plain(text[begin:end], tokenizer)
+        ids += own + tools
+        labels += own + [IGNORED] * len(tools)
+        at = end
+    return ids, labels
 
 
 def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> Ids:

@@ -16,7 +16,7 @@ from data.prompts import check_prompts
 from data.recipe import InputError, read_recipe, resolved_yaml
 from rl.command import AGAIN, command_line, mistake
 from rl.config import LearnerConfig, PolicyConfig, TrainRecipe
-from rl.inputs import check_judge, check_policy
+from rl.inputs import check_conversation, check_judge, check_policy
 from rl.run_folder import RunFolder
 from sft.config import SftRecipe
 from sft.ranks import is_main, ranks
@@ -130,6 +130,7 @@ def check(recipe: SftRecipe) -> None:
     if recipe.eval.prompts is not None:
         check_prompts(recipe.eval.prompts)
         check_judge(as_evaluation(recipe, Path()))
+        check_conversation(recipe.rollout)
 
 
 def _note(folder: RunFolder, code: int, reason: str, result: dict[str, Any] | None = None) -> None:

@@ -47,8 +47,9 @@ def make_groups(
     vocab_size: int = 64,
     truncate: bool = False,
     prompt_tokens: int | None = None,
+    tools: bool = False,
 ) -> list[Group]:
-    """One group for each row of rewards; lengths 1 to MAX_TOKENS, some tokens of turns the policy did not write."""
+    """One group for each row of rewards; lengths 1 to MAX_TOKENS. tools: one wrote the middle third of each, which has no log-prob."""
     rng = np.random.default_rng(seed)
     groups = []
     for g, values in enumerate(rewards):
@@ -56,6 +57,8 @@ def make_groups(
         completions = []
         for i in range(len(values)):
             n = int(rng.integers(1, MAX_TOKENS + 1))
+            mask = np.ones(n, np.uint8)
+            mask[n // 3 : 2 * n // 3] = 1 - tools
             completions.append(
                 Completion(
                     prompt_id=prompt.id,
@@ -64,8 +67,8 @@ def make_groups(
                     attempt=0,
                     seed=i,
                     token_ids=rng.integers(2, vocab_size, n).astype(np.int32),
-                    mask=np.ones(n, np.uint8),
-                    engine_logp=rng.normal(-4.0, 0.4, n).astype(np.float32),
+                    mask=mask,
+                    engine_logp=np.where(mask == 1, rng.normal(-4.0, 0.4, n), np.nan).astype(np.float32),
                     policy_version=np.zeros(n, np.int32),
                     finish_reason="length" if truncate and i == 1 else "stop",
                     engine="engine-0",
@@ -108,7 +111,7 @@ def near(groups: list[Group], policy: Path, spread: float = 0.3) -> list[Group]:
         for c in group.completions:
             with torch.no_grad():
                 logp = padded_logp(model, group.prompt, c).numpy()
-            noisy = (logp + rng.normal(0.0, spread, len(logp))).astype(np.float32)
+            noisy = np.where(c.mask == 1, logp + rng.normal(0.0, spread, len(logp)), np.nan).astype(np.float32)
             completions.append(Completion(**{**vars(c), "engine_logp": noisy}))
         out.append(Group(group.id, group.prompt, group.attempt, tuple(completions), group.scores))
     return out

@@ -344,6 +344,29 @@ def a_key_that_is_not_in_the_environment(inputs):
     inputs.set("rewards.parts=[{name: mine, env: [COHORT_NO_SUCH_KEY]}]")
 
 
+@bad("rollout.conversation: no file './talk.py'", "working folder", early=True)
+def a_conversation_that_is_not_there(inputs):
+    inputs.set("rollout.conversation=./talk.py:ask")
+
+
+@bad("rollout.conversation: ./talk.py has no function 'ask'", "did you mean 'task'?", early=True)
+def a_conversation_of_another_name(inputs):
+    (inputs.folder / "talk.py").write_text("async def task(generate, prompt):\n    return [], []\n")
+    inputs.set("rollout.conversation=./talk.py:ask")
+
+
+@bad("rollout.conversation: ./talk.py cannot be imported: ModuleNotFoundError", "no_such_module")
+def a_conversation_that_does_not_import(inputs):
+    (inputs.folder / "talk.py").write_text("import no_such_module\n\n\nasync def ask(generate, prompt):\n    return [], []\n")
+    inputs.set("rollout.conversation=./talk.py:ask")
+
+
+@bad("rollout.conversation: ./talk.py:ask is no async function", "async def ask(generate, prompt)")
+def a_conversation_that_is_not_async(inputs):
+    (inputs.folder / "talk.py").write_text("def ask(generate, prompt):\n    return [], []\n")
+    inputs.set("rollout.conversation=./talk.py:ask")
+
+
 @bad("eval.reward: no part named 'think_format'", "rewards.parts has math_answer")
 def an_evaluation_by_a_part_that_is_not_there(inputs):
     inputs.set("eval.reward=think_format")
@@ -751,6 +774,20 @@ def test_a_reward_that_fails_stops_the_run_once_too_much_has_failed_for_certain_
     assert "RuntimeError: no connection (plugin.py:2)" in errors
     # Mended, the same command goes on: failures that the journal holds are no verdicts.
     (inputs.folder / "plugin.py").write_text("def mine(completions, **kwargs):\n    return [1.0 for _ in completions]\n")
+    assert inputs.main() == 0
+
+
+def test_a_broken_tool_stops_the_run_with_a_message_that_names_it_and_can_be_mended(inputs, capfd):
+    inputs.rows(*({"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(8)))
+    talk = "async def ask(generate, prompt):\n    turn = await generate()\n    {}\n    return turn.token_ids, [1] * len(turn.token_ids)\n"
+    (inputs.folder / "talk.py").write_text(talk.format("raise OSError('no connection')"))
+    inputs.set("rollout.conversation=./talk.py:ask", "learner.prompts_per_step=8", "rewards.max_error_rate=0.2")
+    assert inputs.main() == 1
+    errors = capfd.readouterr().err
+    assert errors.startswith("outputs/bad: step 0: 4 of 16 scores failed already, more than rewards.max_error_rate 0.2 allows; ")
+    assert "4 of them in rollout.conversation ask: OSError: no connection" in errors and "talk.py:3)" in errors
+    (inputs.folder / "talk.py").write_text(talk.format("pass"))
+    sys.modules.pop("reward_plugin_talk")  # as in a process of its own
     assert inputs.main() == 0
 
 

@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from data.values import Completion
+from data.values import Completion, Prompt
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Request:
     sampling: Sampling
     position: int = 0
     """The prompt's place in the stream; an engine that takes whole groups is chosen by it."""
+    prompt: Prompt | None = None
+    """The prompt itself, for a conversation to see; no engine is given it."""
 
     @property
     def id(self) -> str:

@@ -2,12 +2,15 @@
 
 import random
 import re
+from pathlib import Path
 
 import pytest
 
 from data.arithmetic import ArithmeticOptions, demonstrate, demonstrations, rows
 from data.recipe import InputError
+from rewards.worker import import_function
 
+CALCULATOR = str(Path(__file__).resolve().parents[2] / "recipes" / "tools" / "calculator.py")
 ALL_KINDS = [{"operation": operation, "digits": digits} for operation in ("add", "subtract") for digits in (1, 2, 3, 6)]
 
 
@@ -105,6 +108,28 @@ def test_a_weak_demonstrator_is_right_as_often_as_its_two_errors_allow():
     made = demonstrations({"carry_error": 0.4, "answer_error": 0.35}, 20_000, seed=1)
     right = sum(answer_of(row["completion"]) == true_answer(row["prompt"]) for row in made) / len(made)
     assert right == pytest.approx((0.55 + 0.45 * 0.6) * 0.65, abs=0.02)
+
+
+def test_the_demonstrator_asks_the_calculator_of_the_recipes_as_often_as_it_is_told():
+    made = demonstrations({"digits": 5, "carry_error": 1.0, "calculator": 0.2}, 2000, seed=1)
+    asked = [row for row in made if "tool_spans" in row]
+    assert len(asked) / len(made) == pytest.approx(0.2, abs=0.03)
+    calculator = import_function(CALCULATOR, "answer")
+    for row in asked:
+        ((begin, end),) = row["tool_spans"]
+        said = row["completion"][begin:end]
+        assert calculator(row["completion"][:begin]) == said == str(true_answer(row["prompt"])) == str(answer_of(row["completion"]))
+    worked = [row for row in made if "tool_spans" not in row]
+    assert sum(answer_of(row["completion"]) == true_answer(row["prompt"]) for row in worked) / len(worked) < 0.15
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("<think><calc>12-30</calc>", "-18"), ("<calc>1+2</calc>3<calc>3+4</calc>", "7"), ("<calc>1+2+3</calc>", "?"),
+    ("<calc>1*2</calc>", "?"), ("<calc>__import__('os')</calc>", "?"), ("<calc>" + "9" * 19 + "+1</calc>", "?"),
+    ("<calc>٣+1</calc>", "?"), ("</calc>", "?"),
+])  # fmt: skip
+def test_the_calculator_reads_two_whole_numbers_and_evaluates_nothing(text, said):
+    assert import_function(CALCULATOR, "answer")(text) == said
 
 
 def test_demonstrations_follow_their_seed():

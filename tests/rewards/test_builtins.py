@@ -106,6 +106,10 @@ def test_soft_overlong_is_equation_13():
     assert length(["q"], ["x"], [[1] * 95], kind="soft_overlong", max_tokens=100) == [-0.75]
 
 
+def test_what_a_tool_wrote_is_no_length_of_the_policys():
+    assert length(["q"], ["x"], [[1] * 95], completion_masks=[[1] * 50 + [0] * 5 + [1] * 40], max_tokens=100) == [-0.5]
+
+
 def test_cosine_falls_for_right_answers_and_rises_for_wrong_ones():
     assert [round(cosine(n, 100, (1.0, 0.5)), 6) for n in (0, 50, 100, 200)] == [1.0, 0.75, 0.5, 0.5]
     ids = [[1] * 50] * 3

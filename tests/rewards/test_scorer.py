@@ -1,5 +1,6 @@
 """The scorer against functions that hang, die, lie and print; and against functions written for trl."""
 
+import dataclasses
 import functools
 import os
 import signal
@@ -42,6 +43,14 @@ def job(completions: list[str], group_id: str = "g", prompt="2+2=", prompt_text:
 
 def values(scores: list) -> list:
     return [score.value for score in scores]
+
+
+def test_what_a_tool_wrote_is_told_to_those_who_ask_and_a_group_of_none_is_done_at_once(plugin):
+    path = plugin("def own(completions, completion_masks=None, **kwargs):\n    return [sum(mask) for mask in completion_masks or []]\n")
+    with Scorer(config([{"name": "own"}], [f"{path}:own"])) as scorer:
+        masks = [np.array([1, 0, 1], np.uint8), np.array([1, 1, 1], np.uint8)]
+        ((two, none)) = scorer.score([dataclasses.replace(job(["abc", "abd"]), completion_masks=masks), job([])])
+        assert values(two) == [2.0, 3.0] and none == []
 
 
 POISON = """

@@ -20,9 +20,9 @@ from made import (
 )
 from transformers import AutoTokenizer
 
-from data.values import Completion, Group
+from data.values import Group
 from rl.advantage import group_advantage
-from rl.batch import items_of, pack
+from rl.batch import Item, Normaliser, items_of, pack
 from rl.config import AdvantageConfig, LossConfig
 from rl.policy import save_policy
 
@@ -34,6 +34,10 @@ KINDS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
 def no_float32() -> Iterator[None]:
     with NoFloat32():
         yield
+
+
+def _all_items(groups: list[Group]) -> tuple[list[list[Item]], Normaliser]:
+    return items_of(groups, group_advantage(groups, AdvantageConfig()), mask_truncated=False, skip_zero=False)
 
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v3", "qwen3"])
@@ -109,19 +113,23 @@ def test_truncated_completions_teach_nothing_if_masked(moe: Path, kind: str) -> 
     assert distance(ours, reference_gradients(moe, groups, loss, None)) < 1e-10
 
 
-def test_tokens_of_other_turns_are_read_and_not_trained(moe: Path) -> None:
-    groups = near(make_groups(REWARDS, seed=3), moe)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_tool_wrote_is_read_and_neither_trained_nor_asked_for_a_log_prob(moe: Path, kind: str) -> None:
+    groups = near(make_groups(REWARDS, seed=3, tools=True), moe)
+    assert any(np.isnan(c.engine_logp).any() for g in groups for c in g.completions)
+    loss = LossConfig(kind=kind, ratio_base="engine")
+    ours = gradients(make_learner(moe, loss, micro_tokens=40), groups)
+    assert distance(ours, reference_gradients(moe, groups, loss, None)) < 1e-10
 
-    def with_turn(c: Completion) -> Completion:
-        mask = c.mask.copy()
-        mask[len(mask) // 3 : 2 * len(mask) // 3] = 0
-        return Completion(**{**vars(c), "mask": mask})
 
-    turned = [Group(g.id, g.prompt, 0, tuple(map(with_turn, g.completions)), g.scores) for g in groups]
-    loss = LossConfig(kind="dapo", ratio_base="engine")
-    ours = gradients(make_learner(moe, loss), turned)
-    assert distance(ours, reference_gradients(moe, turned, loss, None)) < 1e-10
-    assert distance(ours, gradients(make_learner(moe, loss), groups)) > 1e-3
+def test_targets_of_a_pass_are_what_the_policy_wrote_and_all_of_it_is_forwarded() -> None:
+    groups = make_groups(REWARDS, seed=3, tools=True)
+    first = next(c for c in groups[0].completions if not c.mask.all())
+    batch = pack(*_all_items(groups), temperature=1.0, max_tokens=MAX_TOKENS)
+    assert len(batch.target_N) == sum(int(c.mask.sum()) for g in groups for c in g.completions)
+    own = batch.target_N[batch.completion_N == list(groups[0].completions).index(first)]
+    assert own.tolist() == first.token_ids[first.mask == 1].tolist() and bool(torch.isfinite(batch.engine_logp_N).all())
+    assert len(batch.tokens_T) == sum(len(g.prompt.token_ids) + sum(len(c.token_ids) - 1 for c in g.completions) for g in groups)
 
 
 def test_clipping_is_active_in_these_tests(moe: Path) -> None:

@@ -91,7 +91,7 @@ def grads(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("share_prompt", [True, False], ids=["shared", "unshared"])
 @pytest.mark.parametrize("detach", [True, False], ids=["detached", "through"])
 def test_loss_and_gradients_equal_the_plain_formulas(published: Path, detach: bool, share_prompt: bool) -> None:
-    groups = make_groups(REWARDS)
+    groups = make_groups(REWARDS, tools=True)
     model = load_model(published, torch.float64)
     loss = packed_loss(model, batch_of(groups, share_prompt), detach)
     loss.backward()

@@ -85,20 +85,22 @@ def force(model: PreTrainedModel, routes_TLK: np.ndarray) -> list[torch.utils.ho
 
 
 def test_replayed_gradients_equal_padded_rows_with_the_same_experts(policy: Path) -> None:
-    """Shared prompts, several groups in a pass, random routes: each token's experts are its own, and gates keep their gradient."""
+    """Shared prompts, several groups in a pass, random routes, also where a tool wrote: each token's experts are its own, and gates
+    keep their gradient."""
     with NoFloat32():
         model = reference_model(policy)
-        groups = random_routes(near(make_groups(REWARDS), policy), len(gates(model)))
+        groups = random_routes(near(make_groups(REWARDS, tools=True), policy), len(gates(model)))
         learner = make_learner(policy, LossConfig(**ENGINE, replay="rollout"))
         ours = gradients(learner, groups)
         advantages = group_advantage(groups, AdvantageConfig())
-        tokens = sum(len(c.token_ids) for g in groups for c in g.completions)
+        tokens = sum(int(c.mask.sum()) for g in groups for c in g.completions)
         for group, adv_G in zip(groups, advantages, strict=True):
             for c, adv in zip(group.completions, adv_G, strict=True):
                 assert c.routes is not None
                 handles = force(model, np.concatenate([c.routes[:-1], c.routes[:1]]))  # padded rows forward the last token too
-                logp = padded_logp(model, group.prompt, c)
-                ratio = (logp - torch.from_numpy(c.engine_logp).double()).exp()
+                wrote = torch.from_numpy(c.mask.astype(bool))
+                logp = padded_logp(model, group.prompt, c)[wrote]
+                ratio = (logp - torch.from_numpy(c.engine_logp).double()[wrote]).exp()
                 (-torch.minimum(ratio * adv, ratio.clamp(0.8, 1.28) * adv).sum() / tokens).backward()
                 for handle in handles:
                     handle.remove()

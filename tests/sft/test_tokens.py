@@ -28,6 +28,15 @@ def test_of_a_text_the_completion_and_its_end_are_learned():
     assert learned({"prompt": "1+1=", "completion": "2"}) == ("1+1=2<eos>", "2<eos>")
 
 
+def test_what_a_tool_wrote_is_read_and_not_learned_and_begins_a_token():
+    row = {"prompt": "1+1=", "completion": "<calc>1+1</calc>2</think>2", "tool_spans": [[16, 17]]}
+    assert learned(row) == ("1+1=<calc>1+1</calc>2</think>2<eos>", "<calc>1+1</calc></think>2<eos>")
+    # A tokenizer with one token for `</` or `2<` would make it across the edge of what was sampled: each side is tokenised by itself.
+    merging = build_tokenizer("bytes")
+    merging.add_tokens(["2</think>", "c>2"])
+    assert learned(row, merging)[1] == "<calc>1+1</calc></think>2<eos>"
+
+
 def test_of_a_record_the_assistant_turn_alone_is_learned():
     row = {"messages": chat(("system", "Add."), ("user", "1+1="), ("assistant", "<think>1</think>2"))}
     whole, part = learned(row)
