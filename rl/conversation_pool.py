@@ -3,8 +3,8 @@
 To those who ask it is a RolloutPool. A completion's function (`rl/conversation.py`) runs in an event loop in a thread of its own, beside
 the engines; each of its turns is a request to the pool beneath, a group of one with a seed that depends on the completion's and the
 turn's number alone. So an engine that dies costs no conversation anything but time, and with the hf engine, whose calls are then of
-one row each, a completion is the same to the bit whenever it is asked, as long as its tools answer the same. Where the stream samples ahead,
-new weights may come between two turns; each token has its own version.
+one row each, a completion is the same to the bit whenever it is asked, as long as its tools answer the same. Where the stream samples
+ahead, new weights may come between two turns; each token has its own version.
 
 A function that blocks the loop for longer than `rollout.conversation_timeout_s` cannot be ended: its thread is left behind, its
 completion has failed, and the others begin again in another thread.
