@@ -69,7 +69,7 @@ def write_card(folder: Path, licences: Mapping[str, str] | None = None) -> None:
     write_lines(folder / "index.html", [page(name, stages, reasons, kept.shown, shown)])
     recipe = folder / "recipe.yaml"
     recipe_text = recipe.read_text(encoding="utf-8") if recipe.is_file() else ""
-    write_lines(folder / "README.md", [readme(name, train.name, stages, reasons, kept, known, recipe_text)])
+    write_lines(folder / "README.md", [readme(name, train.name, stages, reasons, kept, known, recipe_text, report.get("mix"))])
 
 
 def train_file(folder: Path) -> Path:
@@ -88,8 +88,10 @@ def readme(
     kept: Statistics,
     licences: Mapping[str, str],
     recipe: str,
+    mix: Mapping[str, Any] | None = None,
 ) -> str:
-    """The card as text. Its head tells `datasets` which file is which, so that rejected rows are not taken for training rows."""
+    """The card as text, with the mixture if the report has one. Its head tells `datasets` which file is which, so that rejected rows are
+    not taken for training rows."""
     configs = [f"- config_name: default\n  data_files:\n  - split: train\n    path: {train}"]
     if reasons:
         configs.append("- config_name: rejected\n  data_files:\n  - split: train\n    path: rejected.parquet")
@@ -97,6 +99,8 @@ def readme(
     parts.append("## Counts by stage\n\n" + _table(("stage", "rows"), [(stage, f"{rows:,}") for stage, rows in stages]))
     if reasons:
         parts.append("## Rejected, by reason\n\n" + _table(("reason", "rows"), [(why, f"{n:,}") for why, n in sorted(reasons.items())]))
+    if mix:
+        parts.append(_mixture(mix))
     if kept.experts:
         parts.append("## Experts\n\n" + _table(("expert", "rows"), [(who, f"{n:,}") for who, n in sorted(kept.experts.items())]))
     if sum(kept.pass_rates):
@@ -110,6 +114,16 @@ def readme(
         fence = "`" * (3 + max([0, *map(len, re.findall("`{3,}", recipe))]))
         parts.append(f"## Recipe\n\n{fence}yaml\n{recipe.rstrip()}\n{fence}")
     return "\n\n".join(parts)
+
+
+def _mixture(mix: Mapping[str, Any]) -> str:
+    """What data/mix.py's report says: how much of each source was taken."""
+    head = ["source", "rows", "share"] if mix["unit"] == "rows" else ["source", "rows", mix["unit"], "share"]
+    rows = []
+    for part in mix["sources"]:
+        units = [] if mix["unit"] == "rows" else [f"{part['units']:,}"]
+        rows.append([part["path"], f"{part['rows']:,}", *units, f"{part['share']:.1%}"])
+    return f"## Mixture\n\nBy {mix['unit']}, seed {mix['seed']}.\n\n{_table(head, rows)}"
 
 
 def histogram(counts: Sequence[int]) -> str:

@@ -28,6 +28,7 @@ BATCH = 1_000
 @dataclass(frozen=True)
 class MixSource:
     path: str
+    """Its file, or another name that tells it from the others."""
     share: float
     """Its weight, or how much is taken of it."""
 
@@ -38,7 +39,7 @@ class Plan:
 
     source: MixSource
     rounds: list[np.ndarray]
-    """bool [rows] for each time the source is read: which rows are taken. One round, unless rows are repeated."""
+    """bool [rows] for each time the source is read, at least once: which rows are taken. One round, unless rows are repeated."""
     units: int
     """Rows or tokens that this makes."""
 
@@ -75,7 +76,11 @@ def mix_command(given: argparse.Namespace) -> None:
     with progress() as count:
         sizes = [_sizes(count(f"counting {source.path}", read_files([source.path])), given.tokenizer, columns) for source in sources]
         plans = plan_mix(sources, sizes, counts=given.counts, total=given.total, repeat=given.repeat, seed=given.seed)
-        write_file(given.out, lambda: (row.values for row in count("mixing", mixed(plans, given.seed))))
+
+        def rows() -> Iterator[SourceRow]:
+            return count("mixing", mixed(plans, given.seed, lambda path: read_files([path])))
+
+        write_file(given.out, lambda: (row.values for row in rows()))
     report = mix_report(plans, given.unit, given.seed)
     write_lines(given.out.with_name(f"{given.out.stem}.mix.json"), [json.dumps(report, indent=2, ensure_ascii=False)])
     for part in report["sources"]:
@@ -114,7 +119,7 @@ def plan_mix(
     plans = []
     for number, (source, size) in enumerate(zip(sources, sizes, strict=True)):
         if wanted[number] > held[number] + 1e-6 and not repeat:
-            raise InputError(f"{source.path}: holds {held[number]:,} and {wanted[number]:,.0f} are wanted; take less, or give --repeat")
+            raise InputError(f"{source.path}: holds {held[number]:,} and {wanted[number]:,.0f} are wanted; take less, or set repeat")
         plans.append(_take(source, size, wanted[number], seed + number))
     return plans
 
@@ -128,16 +133,17 @@ def _take(source: MixSource, size: np.ndarray, wanted: float, seed: int) -> Plan
     reached = np.concatenate([[0], np.cumsum(size[order])])
     taken = np.zeros(len(size), bool)
     taken[order[: int(np.abs(reached - rest).argmin())]] = True
-    if taken.any():
+    if taken.any() or not rounds:
         rounds.append(taken)
     return Plan(source, rounds, int(sum(size[chosen].sum() for chosen in rounds)))
 
 
-def mixed(plans: Sequence[Plan], seed: int) -> Iterator[SourceRow]:
-    """The rows of a mixture. Each next row is of a source with the probability of its share of what is left."""
+def mixed(plans: Sequence[Plan], seed: int, read: Callable[[str], Iterator[SourceRow]]) -> Iterator[SourceRow]:
+    """The rows of a mixture, as a stream; `read` gives the rows of a source by its path. Each next row is of a source with the
+    probability of its share of what is left."""
     rng = random.Random(f"mix {seed}")
     left = [plan.rows for plan in plans]
-    streams = [_taken_rows(plan) for plan in plans]
+    streams = [_taken_rows(plan, read) for plan in plans]
     while any(left):
         place = rng.randrange(sum(left))
         number = 0
@@ -148,9 +154,9 @@ def mixed(plans: Sequence[Plan], seed: int) -> Iterator[SourceRow]:
         yield next(streams[number])
 
 
-def _taken_rows(plan: Plan) -> Iterator[SourceRow]:
+def _taken_rows(plan: Plan, read: Callable[[str], Iterator[SourceRow]]) -> Iterator[SourceRow]:
     for taken in plan.rounds:
-        for is_taken, row in zip(taken, read_files([plan.source.path]), strict=True):
+        for is_taken, row in zip(taken, read(plan.source.path), strict=True):
             if is_taken:
                 yield row
 

@@ -115,6 +115,7 @@ def _retract_folder(folder: Path, out: Path, file: Path, staying: Any, given: ar
             write_lines(out / name, (folder / name).read_text(encoding="utf-8").splitlines())
     report_path = out / "report.json"
     report = json.loads(report_path.read_text(encoding="utf-8")) if report_path.is_file() else {"stages": []}
+    report.pop("mix", None)  # its shares are no longer these rows'
     left = sum(1 for _ in staying())
     report["stages"] = [*report["stages"], [f"without {what}", left]]
     write_lines(report_path, [json.dumps(report, indent=2, ensure_ascii=False)])

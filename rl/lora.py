@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from rl.config import LoraConfig
@@ -69,9 +70,26 @@ def base_name(name: str) -> str:
 
 @torch.no_grad()
 def merge(tensor: torch.Tensor, layer: "BaseTunerLayer") -> torch.Tensor:
-    """A new tensor: the base weight with its adapter added."""
-    delta: torch.Tensor = layer.get_delta_weight(ADAPTER)  # type: ignore[attr-defined]
-    return (tensor + delta.to(tensor.device)).to(tensor.dtype)
+    """A new tensor: the base weight with its adapter added. Sharded ones are gathered first, which is collective."""
+    with _gathered(layer):
+        delta: torch.Tensor = layer.get_delta_weight(ADAPTER)  # type: ignore[attr-defined]
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return (whole + delta.to(whole.device)).to(whole.dtype)
+
+
+@contextmanager
+def _gathered(layer: "BaseTunerLayer") -> Iterator[None]:
+    """Within, a layer's A and B are whole: peft takes slices and products of them, which shards of them do not give."""
+    parts = [getattr(layer, name)[ADAPTER] for name in ("lora_A", "lora_B")]
+    sharded = [part.weight for part in parts]
+    for part, weight in zip(parts, sharded, strict=True):
+        if isinstance(weight, DTensor):
+            part.weight = torch.nn.Parameter(weight.full_tensor(), requires_grad=False)
+    try:
+        yield
+    finally:
+        for part, weight in zip(parts, sharded, strict=True):
+            part.weight = weight
 
 
 @contextmanager

@@ -6,6 +6,9 @@ model's own names and copied back into place, each tensor checked for its name a
 Trainer's. A checkpoint counts once `whole.json`, written last, stands in it with the hash of every file.
 
     checkpoints/checkpoint-<N>/  trained.safetensors, optimizer.pt, scheduler.pt, rng_state.pth, trainer_state.json, whole.json
+
+Under FSDP weights and optimizer state stand in `sharded/` instead, by torch.distributed.checkpoint: each rank writes its own part, and
+nothing is gathered.
 """
 
 import hashlib
@@ -16,12 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import Trainer
 
 from data.recipe import InputError
 
 WEIGHTS = "trained.safetensors"
+SCHEDULER = "scheduler.pt"
+SHARDED = "sharded"
 WHOLE = "whole.json"
 
 
@@ -47,6 +54,8 @@ class Resumable(Trainer):
         save_file(tensors, Path(output_dir) / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            return  # they come with the optimizer's, once the policy is sharded
         held = load_file(Path(resume_from_checkpoint) / WEIGHTS)
         here = trained_tensors(self.model)
         assert held.keys() == here.keys(), f"{resume_from_checkpoint}: holds other tensors than the policy"
@@ -54,6 +63,29 @@ class Resumable(Trainer):
             for name, tensor in here.items():
                 assert tensor.shape == held[name].shape, f"{resume_from_checkpoint}: {name} has another shape"
                 tensor.copy_(held[name])
+
+    # --- under FSDP: what the Trainer would write holds frozen weights too, and gathers ------------------------------------
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        dcp.save(self._sharded_state(), checkpoint_id=Path(output_dir) / SHARDED)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = self._sharded_state()
+        dcp.load(state, checkpoint_id=Path(checkpoint) / SHARDED)  # weights into their places; names and shapes are checked
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+
+    def _sharded_state(self) -> dict[str, Any]:
+        weights = {name: tensor.detach() for name, tensor in trained_tensors(self.model).items()}
+        return {"weights": weights, "optimizer": get_optimizer_state_dict(self.model, self.optimizer)}
 
 
 def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -97,5 +129,5 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in (WHOLE, f".{WHOLE}"))
-    return {path.name: hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in files}
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (WHOLE, f".{WHOLE}"))
+    return {str(path.relative_to(folder)): hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in files}

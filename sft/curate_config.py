@@ -1,17 +1,23 @@
 """The recipe of curation: which experts sample which prompts, what judges them, and what is kept.
 
-Read by `sft.curate` and `sft.why`. `select` and `clean` are defined in `data/`, `rewards` in `rewards/`. They, and what is written,
-may change while nothing is sampled again: completions and scores stand in the journal.
+Read by `sft.curate` and `sft.why`. `select` and `clean` are defined in `data/`, `rewards` in `rewards/`. `select`, `clean`, `mix` and
+what is written may change while nothing is sampled again: completions and scores stand in the journal.
 """
+
+from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from data.clean_config import CleanConfig
 from data.prompt_config import PromptsConfig
-from data.recipe import Section
+from data.recipe import Section, nearest
 from data.select import SelectConfig
 from rewards.config import RewardsConfig
 from rl.config import LearnerConfig, PolicyConfig, RolloutConfig, RunConfig, TrainRecipe
+
+ORIGINAL = "/original"
+"""Ends the name under which an expert's original responses stand in journal, records and mixture."""
 
 
 class ExpertConfig(Section):
@@ -55,6 +61,45 @@ class ExpertConfig(Section):
         return self
 
 
+class MixConfig(Section):
+    """How much of each expert is written, by its name; its original responses are a source of their own, `NAME/original`.
+
+    Files of other rows are mixed in afterwards by `python -m data.mix`, reasoning to general 3:1 for one.
+    """
+
+    weights: dict[str, float] = {}
+    """Expert -> its weight; together they take as much as there is, or `total`."""
+    counts: dict[str, int] = {}
+    """Expert -> how much is taken of it; instead of weights."""
+    unit: Literal["rows", "tokens"] = "rows"
+    """What weights and counts count; tokens are those of the completion, as its expert's tokenizer has them."""
+    total: int | None = Field(None, ge=1)
+    """With weights: units of the mixture; null is as much as there is without using a row twice."""
+    repeat: bool = False
+    """Whether rows are used again where an expert has too few, as seldom as can be."""
+
+    @model_validator(mode="after")
+    def _weights_or_counts(self) -> "MixConfig":
+        if bool(self.weights) == bool(self.counts):
+            raise ValueError("give either `weights` or `counts`, one number for each expert, and not both")
+        if self.counts and self.total is not None:
+            raise ValueError("`total` goes with weights; counts make their own total")
+        for name, share in (self.weights or self.counts).items():
+            if not 0 < share < float("inf"):
+                raise ValueError(f"'{name}' has {share:g}; a weight or count is above 0")
+        return self
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """ValueError unless each of `names` has its number, and nobody else has one."""
+        given = self.weights or self.counts
+        for name in given:
+            if name not in names:
+                raise ValueError(f"mix: no expert '{name}'{nearest(name, names)}")
+        for name in names:
+            if name not in given:
+                raise ValueError(f"mix: '{name}' has no number; give it one, or take its expert out")
+
+
 class PairsConfig(Section):
     """Preference pairs for reward models, in trl's format: `curated/pairs.parquet`."""
 
@@ -75,6 +120,8 @@ class CurateRecipe(Section):
     select: SelectConfig = SelectConfig()
     clean: CleanConfig = CleanConfig()
     """Asked of prompts before they are sampled, and of records after; `fim` of records alone."""
+    mix: MixConfig | None = None
+    """Null writes all rows, in the order of experts and prompts."""
     pairs: PairsConfig | None = None
     licences: dict[str, str] = {}
     """Source of prompts (path, hub id, or `task arithmetic`) -> its licence, for the card."""
@@ -87,6 +134,8 @@ class CurateRecipe(Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"experts: the name '{name}' stands twice; give each expert its own")
+        if self.mix is not None:
+            self.mix.check_names([*names, *(expert.name + ORIGINAL for expert in self.experts if expert.original)])
         return self
 
     def expert(self, name: str) -> ExpertConfig | None:
@@ -104,5 +153,5 @@ class CurateRecipe(Section):
         )
 
 
-FREE = ("select", "clean", "pairs", "licences", "experts_at_once", "threads", "rewards.max_error_rate", "rewards.workers")
+FREE = ("select", "clean", "mix", "pairs", "licences", "experts_at_once", "threads", "rewards.max_error_rate", "rewards.workers")
 """What may differ when a run goes on: nothing is sampled or scored again for it."""

@@ -23,12 +23,9 @@ from data.rows import SourceRow
 from data.values import Completion, Prompt, Score, completion_seed, group_id
 from rl.inputs import read_prompt_sets
 from rl.policy import load_tokenizer, policy_folder
-from sft.curate_config import CurateRecipe, ExpertConfig
+from sft.curate_config import ORIGINAL, CurateRecipe, ExpertConfig
 from sft.provenance import weight_hash
 from sft.sampled import SampledRun, as_given
-
-ORIGINAL = "/original"
-"""Ends the name under which an expert's original responses stand in journal and records."""
 
 
 @dataclass(frozen=True)

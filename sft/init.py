@@ -46,6 +46,7 @@ def init_policy(architecture: dict[str, Any], tokenizer: TokenizerKind, seed: in
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.config.architectures = [type(model).__name__]  # what a sharded model is called is no architecture
     made.model_max_length = config.max_position_embeddings
     return model, made
 

@@ -1,9 +1,9 @@
 """Rejection sampling's second half: from scored groups in a journal to a data set in a folder.
 
-    groups -> select -> candidates -> clean -> Records, with rejected rows, preference pairs, report and card beside them
+    groups -> select -> candidates -> clean -> mix -> Records, with rejected rows, preference pairs, report and card beside them
 
 Everything here is a function of journal and recipe, so another selection costs no sampling. The order of rows is that of experts and
-prompts; no time, path of this machine, or random number enters a file, and the folder appears whole, by rename.
+prompts, or the mixture's; no time, path of this machine, or random number enters a file, and the folder appears whole, by rename.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from data.select import Choice, in_window, is_right, pairs, pass_rate, preferenc
 from data.values import Group, Messages, Prompt, Provenance, Record
 from rewards.answers import find_answer
 from rl.stream import RunStopped
-from sft.curate_config import CurateRecipe
-from sft.experts import ORIGINAL, Expert
+from sft.curate_config import ORIGINAL, CurateRecipe
+from sft.experts import Expert
+from sft.mixture import REASON, Mixture
 from sft.provenance import recipe_hash, reward_versions
 
 CHUNK = 256
@@ -37,6 +38,9 @@ CHUNK = 256
 OPEN = "<think>"
 FOLDER = "curated"
 CANDIDATES, UNSELECTED = ".candidates.jsonl", ".unselected.jsonl"
+
+Cleaned = tuple[Cleaning, Sequence[Rejection]]
+"""What `Expert.clean` said of an expert's prompts."""
 
 
 class Writer:
@@ -52,25 +56,26 @@ class Writer:
         self.versions = reward_versions(recipe.rewards)
         self.hash = recipe_hash(recipe)
 
-    def write(self, cleaned: Sequence[tuple[Cleaning, Sequence[Rejection]]]) -> dict[str, Any]:
-        """The whole folder, and what its report says. `cleaned` is what `Expert.clean` said of each expert's prompts."""
+    def write(self, cleaned: Sequence[Cleaned]) -> dict[str, Any]:
+        """The whole folder, and what its report says."""
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
         cleaning = Cleaning(self.recipe.clean, self._candidates, self.work)
         self._spool(cleaning.stages)
-        before = (rejection for _, rejections in cleaned for rejection in rejections)
-        write_rejected(self.work / "rejected.parquet", chain(before, self._unselected(), cleaning.rejections()))
+        mixture = Mixture(self.recipe.mix, self.recipe.run.seed, cleaning.kept) if self.recipe.mix is not None else None
+        write_rejected(self.work / "rejected.parquet", self._rejections(cleaned, cleaning, mixture))
         if not cleaning.counts["kept"]:
             raise RunStopped(
                 f"no row is left: of {self.counts['completions']:,} completions {self.counts['right']:,} were right, "
                 f"{self.counts['selected']:,} were selected, and cleaning kept none; {self.work / 'rejected.parquet'} says why of each"
             )
-        write_records(self.work, lambda: (record_from_row(row.values) for row in cleaning.kept()))
+        rows = mixture.rows if mixture else cleaning.kept
+        write_records(self.work, lambda: (record_from_row(row.values) for row in rows()))
         hits = [hit for each, _ in cleaned for hit in each.hits] + cleaning.hits
         write_lines(self.work / "contamination.jsonl", (json.dumps(dataclasses.asdict(hit), ensure_ascii=False) for hit in hits))
         if self.recipe.pairs is not None:
             self._write_pairs()
-        report = self._report(cleaned, cleaning)
+        report = self._report(cleaned, cleaning, mixture)
         write_lines(self.work / "report.json", [json.dumps(report, indent=2, ensure_ascii=False)])
         write_lines(self.work / "recipe.yaml", resolved_yaml(self.recipe).splitlines())
         for spool in (CANDIDATES, UNSELECTED):
@@ -149,6 +154,14 @@ class Writer:
         messages = written_messages(group.prompt, expert, expert.text(group.completions[index]), attempt.slot.run.endswith(ORIGINAL))
         values = {"messages": messages, "group_id": group.id, "index": index, "expert": attempt.slot.run, "reward": score.value}
         return {"number": attempt.slot.position + 1, "id": group.prompt.id, "reason": reason, "detail": detail, "values": values}
+
+    def _rejections(self, cleaned: Sequence[Cleaned], cleaning: Cleaning, mixture: Mixture | None) -> Iterator[Rejection]:
+        """Every prompt and row that goes, with its reason; the mixture is asked last, of what cleaning has kept."""
+        yield from (rejection for _, rejections in cleaned for rejection in rejections)
+        yield from self._unselected()
+        yield from cleaning.rejections()
+        if mixture is not None and cleaning.counts["kept"]:
+            yield from mixture.left_out()
 
     def _unselected(self) -> Iterator[Rejection]:
         with (self.work / UNSELECTED).open(encoding="utf-8") as file:
@@ -238,10 +251,11 @@ class Writer:
 
     # --- the report -----------------------------------------------------------------------------------------------------
 
-    def _report(self, cleaned: Sequence[tuple[Cleaning, Sequence[Rejection]]], cleaning: Cleaning) -> dict[str, Any]:
+    def _report(self, cleaned: Sequence[Cleaned], cleaning: Cleaning, mixture: Mixture | None) -> dict[str, Any]:
         counts = self.counts
         rejected = sum((each.counts for each in (*(c for c, _ in cleaned), cleaning)), Counter[str]())
         rejected.update({name.partition("/")[2]: n for name, n in counts.items() if name.startswith("unselected/")})
+        rejected[REASON] = mixture.left_out_count if mixture else 0
         reasons = {reason: n for reason, n in sorted(rejected.items()) if reason not in ("read", "kept") and n}
         stages = [
             ["prompts", sum(c.counts["read"] for c, _ in cleaned)],
@@ -252,8 +266,12 @@ class Writer:
             ["selected", counts["selected"]],
             ["kept", cleaning.counts["kept"]],
         ]
+        mix = None if mixture is None else mixture.report()
+        if mix is not None:
+            stages.append(["mixed", mix["rows"]])
         return {
             "stages": stages,
+            **({"mix": mix} if mix else {}),
             "rejected": reasons,
             "counts": {name: counts[name] for name in sorted(counts) if "/" not in name},
             "experts": {expert.name: {"weights": expert.weights, "prompts": len(expert.kept)} for expert in self.experts},

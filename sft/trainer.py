@@ -82,7 +82,7 @@ def train(recipe: SftRecipe, policy: Policy, rows: TokenRows, folder: Path) -> d
     for name, value in routing.items():
         if value is not None:
             setattr(model.config, name, value)
-    save(trainer, model, tokenizer, folder / "final", adapted=recipe.policy.lora is not None)
+    save(trainer, model, tokenizer, folder / "final")
     result = {**log.last, "steps": trainer.state.max_steps, "rows": len(rows.rows), "rows_skipped": rows.skipped}
     return {**result, "seconds": round(time.monotonic() - started, 1)}
 
@@ -109,6 +109,8 @@ def load_policy(recipe: SftRecipe) -> Policy:
     Raises InputError if `init` is no architecture, if `path` cannot be loaded, or if a dense policy should balance experts.
     """
     policy = recipe.policy
+    # With it ranks but the first would hold nothing until accelerate hands the weights out; here each reads its own.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     if policy.init is not None:
@@ -160,19 +162,20 @@ def marked_template(tokenizer: PreTrainedTokenizerBase) -> str:
     return template if has_generation_markers(template) else get_training_chat_template(tokenizer)
 
 
-def save(trainer: ResumableTrainer, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, adapted: bool) -> None:
-    """Writes the trained weights, sharded or not, adapters merged, as a folder that transformers and vLLM load; collective."""
+def save(trainer: ResumableTrainer, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Writes the trained weights, adapters merged, as a folder that transformers and vLLM load; collective.
+
+    Sharded weights are gathered one tensor at a time, so every rank walks through them.
+    """
     aside = path.with_name(f"{path.name}.partial")
-    weights = None if adapted else trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
-        if adapted or mtp_layer(model) is not None:  # save_pretrained does not know the module
-            save_policy(aside, checkpoint_views(model), model, tokenizer)
-        else:
-            model.save_pretrained(aside, state_dict=weights)
-            tokenizer.save_pretrained(aside)
+        save_policy(aside, checkpoint_views(model), model, tokenizer)
         aside.rename(path)
         remove_checkpoints(path.with_name("checkpoints"))
+    elif trainer.is_fsdp_enabled:
+        for _ in checkpoint_views(model):
+            pass
     trainer.accelerator.wait_for_everyone()
 
 
@@ -180,7 +183,6 @@ def _trl_arguments(recipe: SftRecipe, folder: Path, rows: TokenRows) -> TrlConfi
     sft = recipe.sft
     on_cpu = not torch.cuda.is_available()
     falls_to = sft.schedule == "cosine" and sft.min_lr > 0
-    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     return TrlConfig(
         output_dir=str(folder / "checkpoints"),
         seed=recipe.run.seed,
@@ -202,7 +204,7 @@ def _trl_arguments(recipe: SftRecipe, folder: Path, rows: TokenRows) -> TrlConfi
         packing=sft.packing,
         packing_strategy="bfd",
         completion_only_loss=True,
-        save_strategy="steps" if recipe.checkpoint.every and not sharded else "no",
+        save_strategy="steps" if recipe.checkpoint.every else "no",
         save_steps=recipe.checkpoint.every or 1,
         save_total_limit=recipe.checkpoint.keep,
         logging_steps=1,
@@ -223,7 +225,6 @@ class _AskedToEnd(TrainerCallback):
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self.accelerator = trainer.accelerator
-        self.sharded = trainer.is_fsdp_enabled
         self.asked = False
         self.before = signal.signal(signal.SIGTERM, self._ask)
         trainer.add_callback(self)
@@ -237,7 +238,7 @@ class _AskedToEnd(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         flag = torch.tensor(float(self.asked), device=self.accelerator.device)
         if self.accelerator.reduce(flag, "sum").item():
-            control.should_save = not self.sharded
+            control.should_save = True
             control.should_training_stop = True
 
 

@@ -158,20 +158,34 @@ def test_text_of_models_makes_no_tag_and_no_attribute(tmp_path, folder):
     assert html.escape(ATTACKS[0]) in source
 
 
-def test_nothing_of_it_runs_in_a_browser(tmp_path):
+def in_browser(page: Path, profile: Path) -> str:
+    """The page as a browser has it after its scripts have run; skips where there is none."""
     browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     if browser is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    quiet = ["--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", *quiet, "--virtual-time-budget=2000", f"--user-data-dir={profile}"]
+    done = subprocess.run([browser, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout
+
+
+def test_nothing_of_it_runs_in_a_browser_and_all_of_it_is_shown(tmp_path):
+    bare = tmp_path / "bare.html"  # shows that this browser would run them
+    bare.write_text(f"<html><head><title>bare</title></head><body>{ATTACKS[0]}</body></html>")
+    assert "<title>owned</title>" in in_browser(bare, tmp_path / "profile")
+
     folder = attacked(tmp_path)
     assert card([str(folder)]) == 0
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", f"--user-data-dir={tmp_path / 'profile'}"]
-    page = (folder / "index.html").as_uri()
-    done = subprocess.run([browser, *flags, "--dump-dom", page], capture_output=True, text=True, timeout=120, check=True)
+    dom = in_browser(folder / "index.html", tmp_path / "profile")
     seen = Tags()
-    seen.feed(done.stdout)
-    assert "<title>attacked</title>" in done.stdout and seen.texts
+    seen.feed(dom)
+    assert "<title>attacked</title>" in dom
     assert not {"script", "img", "iframe", "svg", "a"} & seen.tags and not [name for name in seen.attributes if name.startswith("on")]
-    assert done.stdout.count('class="kept"') == len(ATTACKS)
+    shown = "".join(seen.texts)
+    for wanted in ("Funnel", "Rejected, by reason", "Kept, a sample", "Rejected, a sample", *ATTACKS[:-1]):
+        assert wanted in shown
+    for kind in ("kept", "rejected"):
+        assert dom.count(f'class="{kind}"') == len(ATTACKS)
 
 
 def test_a_folder_without_rows_or_with_a_broken_report_is_one_line(tmp_path, capsys):

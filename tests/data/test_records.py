@@ -112,7 +112,7 @@ def test_a_source_that_is_too_small_is_an_error_or_is_repeated_evenly(capsys):
     sources(10, 100)
     arguments = ["s0.jsonl=1", "s1.jsonl=1", "--total", "50", "--out", "m.jsonl"]
     assert mix(arguments) == 2
-    assert capsys.readouterr().err == "s0.jsonl: holds 10 and 25 are wanted; take less, or give --repeat\n"
+    assert capsys.readouterr().err == "s0.jsonl: holds 10 and 25 are wanted; take less, or set repeat\n"
     assert mix([*arguments, "--repeat"]) == 0
     rows = [row for row in lines("m.jsonl") if row.startswith("s0")]
     assert len(rows) == 25 and {rows.count(row) for row in rows} == {2, 3}
@@ -141,7 +141,7 @@ def test_tokens_of_a_tokenizer(tmp_path):
 def test_mixing_is_streaming():
     sources(50, 50)
     plans = plan_mix([MixSource(f"s{n}.jsonl", 1) for n in (0, 1)], [np.ones(50, int)] * 2, counts=False, total=None, repeat=False, seed=0)
-    stream = mixed(plans, 0)
+    stream = mixed(plans, 0, lambda path: read_files([path]))
     assert next(stream).values["prompt"].endswith("row 0")
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,6 +104,41 @@ def test_another_selection_costs_no_sampling(command, tmp_path):
     assert len(rows_of(tmp_path)) == 20 != len(before)
     code, _, errors = command(path, "experts[0].rollout.temperature=0.5")
     assert code == 2 and "in use by another recipe" in errors
+
+
+def test_a_mixture_takes_of_each_expert_what_its_weight_says(command, tmp_path):
+    path = write_recipe(tmp_path, small_recipe(tmp_path, prompts=30, select={"rule": "all_correct"}))
+    command(path, "experts[0].original=response")
+    all_rows = rows_of(tmp_path)
+    held = Counter(row["expert"] for row in all_rows)
+    assert min(held.values()) > 4 and set(held) == {"one", "one/original", "two"}
+
+    mix = "mix={counts: {one: 2, one/original: 3, two: 4}}"
+    code, output, errors = command(path, "experts[0].original=response", mix)
+    assert code == 0, errors
+    assert f"{len(all_rows)} kept -> 9 mixed" in output and "0 completions sampled and 0 scored" in output
+    rows, rejected = rows_of(tmp_path), [row for row in rows_of(tmp_path, "rejected") if row["reason"] == "mix"]
+    assert Counter(row["expert"] for row in rows) == {"one": 2, "one/original": 3, "two": 4}
+    assert all(row | {"recipe_hash": ""} in [other | {"recipe_hash": ""} for other in all_rows] for row in rows)
+    assert len(rejected) == len(all_rows) - 9 == result_of(tmp_path)["rejected"]["mix"]
+    assert rejected[0]["detail"] == f"2 of {held['one']} rows of one are taken"
+    card = (tmp_path / "outputs/curation/curated/README.md").read_text()
+    assert "By rows, seed 1." in card and "| one/original | 3 | 33.3% |" in card and "| mixed | 9 |" in card
+
+    code, output, errors = command(path, "experts[0].original=response", "mix={weights: {one: 3, one/original: 1, two: 1}, unit: tokens}")
+    assert code == 0, errors
+    parts = {part["path"]: part for part in result_of(tmp_path)["mix"]["sources"]}
+    tokens = Counter()
+    for row in rows_of(tmp_path):
+        tokens[row["expert"]] += row["tokens"]
+    assert tokens == {name: part["units"] for name, part in parts.items()}
+    assert parts["one"]["share"] == pytest.approx(0.6, abs=0.04)
+    assert "source | rows | tokens | share" in (tmp_path / "outputs/curation/curated/README.md").read_text()
+
+    code, _, errors = command(path, "experts[0].original=response", "mix={counts: {one: 2000, one/original: 3, two: 4}}")
+    assert code == 1 and f"mix: one: holds {held['one']} and 2,000 are wanted; take less, or set repeat" in errors
+    code, output, errors = command(path, "experts[0].original=response", mix)
+    assert code == 0 and rows_of(tmp_path) == rows, "the same rows in the same order"
 
 
 def test_both_row_shapes_and_the_system_prompt_kept_or_dropped(command, tmp_path):
@@ -227,6 +263,10 @@ def test_the_data_set_is_read_as_it_is(command, tmp_path):
         (["select.rule=best"], "select.rule"),
         (["rewards.parts[0].name=mth"], "no reward named 'mth'; did you mean 'math_answer'?"),
         (["clean.against={paths: [nothere.jsonl]}"], "clean.against: no file 'nothere.jsonl'"),
+        (["mix={weights: {one: 1, too: 1}}"], "mix: no expert 'too'; did you mean 'two'?"),
+        (["mix={weights: {one: 1}}"], "mix: 'two' has no number; give it one, or take its expert out"),
+        (["mix={counts: {one: 1, two: 1}, total: 2}"], "mix: `total` goes with weights"),
+        (["mix={weights: {one: 1, two: 0}}"], "mix: 'two' has 0; a weight or count is above 0"),
         (["experts[0].original=solution"], "has no text in the column 'solution'"),
         (["experts[0].prompts.columns={prompt: question}"], "no column 'question'"),
     ],
@@ -278,7 +318,7 @@ def test_killed_and_started_again_writes_the_same_bytes_and_repeats_nothing(tmp_
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
-        write_recipe(folder, small_recipe(folder, prompts=16))
+        write_recipe(folder, small_recipe(folder, prompts=16, mix={"weights": {"one": 2, "two": 1}, "unit": "tokens"}))
     began = time.monotonic()
     assert Killed(whole).run_for(300) == 0
     taken = time.monotonic() - began

@@ -1,0 +1,65 @@
+"""What each of two sharded ranks does for test_sharded.py: trains a policy, once through and once stopped and resumed.
+
+Run by torch.distributed.run: `two_ranks.py FOLDER`, which holds rows.json, and cases.json with a recipe by case.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.update({
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_OFFLOAD_PARAMS": "false",
+    "ACCELERATE_USE_CPU": "true",
+})  # fmt: skip
+
+from transformers import TrainerCallback  # noqa: E402
+
+import sft.trainer  # noqa: E402
+from data.recipe import parse  # noqa: E402
+from rl.run import Interrupted  # noqa: E402
+from sft.config import SftRecipe  # noqa: E402
+
+
+class Stop(TrainerCallback):
+    """SIGTERM reaches one rank in the third step."""
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), 15)
+
+
+def run(recipe: SftRecipe, rows: list, folder: Path, stop: bool) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    policy = sft.trainer.load_policy(recipe)
+    make = sft.trainer.make_trainer
+
+    def with_stop(*arguments):
+        trainer = make(*arguments)
+        assert trainer.is_fsdp_enabled
+        if stop:
+            trainer.add_callback(Stop())
+        return trainer
+
+    sft.trainer.make_trainer = with_stop
+    try:
+        sft.trainer.train(recipe, policy, sft.trainer.token_rows(recipe, policy, rows), folder)
+    except Interrupted:
+        assert stop and (folder / "checkpoints/checkpoint-3/sharded").is_dir()
+    finally:
+        sft.trainer.make_trainer = make
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    rows = json.loads((folder / "rows.json").read_text())
+    for name, values in json.loads((folder / "cases.json").read_text()).items():
+        recipe = parse(values, SftRecipe, name)
+        run(recipe, rows, folder / name / "whole", stop=False)
+        run(recipe, rows, folder / name / "stopped", stop=True)
+        run(recipe, rows, folder / name / "stopped", stop=False)
+
+
+if __name__ == "__main__":
+    main()
