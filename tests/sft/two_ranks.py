@@ -14,12 +14,12 @@ os.environ.update({
     "ACCELERATE_USE_CPU": "true",
 })  # fmt: skip
 
-from transformers import TrainerCallback  # noqa: E402
+from transformers import TrainerCallback
 
-import sft.trainer  # noqa: E402
-from data.recipe import parse  # noqa: E402
-from rl.run import Interrupted  # noqa: E402
-from sft.config import SftRecipe  # noqa: E402
+import sft.trainer
+from data.recipe import parse
+from rl.run import Interrupted
+from sft.config import SftRecipe
 
 
 class Stop(TrainerCallback):
