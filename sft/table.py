@@ -86,9 +86,7 @@ def main() -> int:
     arguments = command_line("sft.table", "Several policies on several sets of held-out prompts.").parse_intermixed_args()
     try:
         recipe = read_recipe(arguments.recipe, arguments.overrides, TableRecipe)
-        folder = RunFolder(
-            recipe.run.output_dir, recipe.run.name, recipe, ("compare", "margin", "policies", "domains", "rollout", "threads")
-        )
+        folder = RunFolder(recipe.run.output_dir, recipe.run.name, recipe, FREE)
         folder.check(recipe.run.resume)
         if arguments.dry_run:
             print(resolved_yaml(recipe))

@@ -36,6 +36,7 @@ from rl.metrics_file import MetricsFile
 from rl.mtp import attach, mtp_layer
 from rl.policy import checkpoint_views, load_model, load_tokenizer, policy_folder, save_policy
 from rl.run import Interrupted
+from rl.shard import wanted
 from sft.checkpoint import Resumable, newest, remove_checkpoints
 from sft.config import SftRecipe
 from sft.init import init_policy
@@ -100,7 +101,18 @@ def make_trainer(recipe: SftRecipe, policy: Policy, rows: TokenRows, folder: Pat
         trainer.mtp_weight = recipe.sft.mtp_weight
     trainer.remove_callback(PrinterCallback)
     trainer.data_fingerprint = _fingerprint(rows)
+    if wanted():
+        _check_sharding(trainer)
     return trainer
+
+
+def _check_sharding(trainer: ResumableTrainer) -> None:
+    """InputError where accelerate does not shard as its config says, or with FSDP of the first version."""
+    if not trainer.is_fsdp_enabled:
+        raise InputError("accelerate config: FSDP, and accelerate shards on several accelerators alone; launch without it here")
+    version = trainer.accelerator.state.fsdp_plugin.fsdp_version
+    if version != 2:
+        raise InputError(f"accelerate config: fsdp_version is {version}; checkpoints and adapters are those of FSDP2, set it to 2")
 
 
 def load_policy(recipe: SftRecipe) -> Policy:
@@ -134,7 +146,7 @@ def load_policy(recipe: SftRecipe) -> Policy:
 def _prepare_mtp(recipe: SftRecipe, model: PreTrainedModel) -> None:
     """The multi-token prediction module is trained, and made where there is none; or it stays as it is."""
     weight, layer = recipe.sft.mtp_weight, mtp_layer(model)
-    if weight and (recipe.policy.lora is not None or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
+    if weight and (recipe.policy.lora is not None or wanted()):
         raise InputError(f"sft.mtp_weight: {weight:g}, but with policy.lora or FSDP the module is not trained yet; set it to 0")
     if weight and layer is None:
         attach(model, seed=recipe.run.seed)

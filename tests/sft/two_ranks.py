@@ -14,6 +14,9 @@ os.environ.update({
     "ACCELERATE_USE_CPU": "true",
 })  # fmt: skip
 
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 import sft.trainer
@@ -21,11 +24,21 @@ from data.recipe import parse
 from rl.run import Interrupted
 from sft.config import SftRecipe
 
+init_state = PartialState.__init__
+
+
+def as_accelerators(state, *arguments, **named):
+    """accelerate shards on accelerators alone, by name: it is told that these ranks are some. Devices, tensors and gloo stay the CPU's."""
+    init_state(state, *arguments, **named)
+    if state.distributed_type is DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_XPU
+
 
 class Stop(TrainerCallback):
     """SIGTERM reaches one rank in the third step."""
 
-    def on_step_begin(self, args, state, control, **_):
+    def on_step_begin(self, args, state, control, model, **_):
+        assert all(isinstance(weight, DTensor) for weight in model.parameters())
         if state.global_step == 2 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), 15)
 
@@ -37,7 +50,7 @@ def run(recipe: SftRecipe, rows: list, folder: Path, stop: bool) -> None:
 
     def with_stop(*arguments):
         trainer = make(*arguments)
-        assert trainer.is_fsdp_enabled
+        assert trainer.accelerator.is_fsdp2
         if stop:
             trainer.add_callback(Stop())
         return trainer
@@ -52,6 +65,7 @@ def run(recipe: SftRecipe, rows: list, folder: Path, stop: bool) -> None:
 
 
 def main() -> None:
+    PartialState.__init__ = as_accelerators
     folder = Path(sys.argv[1])
     rows = json.loads((folder / "rows.json").read_text())
     for name, values in json.loads((folder / "cases.json").read_text()).items():
