@@ -1,7 +1,8 @@
-"""Curation: `python -m sft.curate RECIPE [section.key=value …]`: experts -> completions -> scores -> selection -> cleaning -> Records.
+"""Curation: `python -m sft.curate RECIPE [section.key=value …]`: experts -> completions -> scores -> selection ->
+cleaning -> mixture -> Records.
 
 Prompts are decontaminated and deduplicated before sampling is paid for. Completions and scores stand in the run's journal, so a run
-that was killed goes on where it was, and one that is finished writes its data set anew when `select` or `clean` have changed.
+that was killed goes on where it was, and one that is finished writes its data set anew when `select`, `clean` or `mix` have changed.
 `<run>/curated` holds `train.parquet` and `train.jsonl`, what was rejected and why, and the card. Exit codes are those of
 `rl/command.py`.
 """
