@@ -87,6 +87,7 @@ def curate(recipe: CurateRecipe, folder: RunFolder) -> dict[str, Any]:
         journal = stack.enter_context(Journal(folder.path / "journal.sqlite"))
         claim_inputs(journal, experts)
         folder.go_on()
+        (folder.path / "exit.json").unlink(missing_ok=True)  # it tells of another selection, or of how a process ended before
         cleaned = [expert.clean(recipe.clean, folder.path) for expert in experts]
         for expert in experts:
             _say(f"{expert.name}: {len(expert.kept):,} of {len(expert.prompts):,} prompts after decontamination and dedup")

@@ -66,7 +66,7 @@ def kills(arguments: argparse.Namespace) -> None:
 
 
 def _recipe(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    recipe = small_recipe(folder, prompts=arguments.prompts)
+    recipe = small_recipe(folder, prompts=arguments.prompts, mix={"weights": {"one": 2, "two": 1}, "unit": "tokens"})
     if arguments.engine == "vllm":
         for expert in recipe["experts"]:
             expert["rollout"] = expert["rollout"] | {"engine": "vllm", "slots": 16, "max_tokens": 32}

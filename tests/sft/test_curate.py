@@ -24,6 +24,7 @@ from data.recipe import parse, resolved_yaml
 from data.records import record_from_row
 from data.values import Group, Prompt
 from rl.config import TrainRecipe
+from rl.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -104,6 +105,19 @@ def test_another_selection_costs_no_sampling(command, tmp_path):
     assert len(rows_of(tmp_path)) == 20 != len(before)
     code, _, errors = command(path, "experts[0].rollout.temperature=0.5")
     assert code == 2 and "in use by another recipe" in errors
+
+
+def test_what_a_killed_selection_wrote_is_not_reported_as_the_one_before(command, tmp_path, monkeypatch):
+    path = write_recipe(tmp_path, small_recipe(tmp_path, prompts=2))
+    command(path, "select.pass_rate=null")
+    other = ["select.rule=best_of_n", "select.pass_rate=null"]
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(RunFolder, "write_exit", lambda *_: signal.raise_signal(signal.SIGINT))
+        command(path, *other)
+    rows = rows_of(tmp_path)
+    code, output, errors = command(path, *other)
+    assert code == 0, errors
+    assert f"{len(rows)} kept" in output and len(rows) == 4
 
 
 def test_a_mixture_takes_of_each_expert_what_its_weight_says(command, tmp_path):
