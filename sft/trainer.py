@@ -20,6 +20,8 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -101,16 +103,15 @@ def make_trainer(recipe: SftRecipe, policy: Policy, rows: TokenRows, folder: Pat
         trainer.mtp_weight = recipe.sft.mtp_weight
     trainer.remove_callback(PrinterCallback)
     trainer.data_fingerprint = _fingerprint(rows)
-    if wanted():
-        _check_sharding(trainer)
     return trainer
 
 
-def _check_sharding(trainer: ResumableTrainer) -> None:
-    """InputError where accelerate does not shard as its config says, or with FSDP of the first version."""
-    if not trainer.is_fsdp_enabled:
+def _check_sharding() -> None:
+    """InputError where accelerate would not shard as its config says, or would with FSDP of the first version."""
+    ranks_are = PartialState(cpu=not torch.cuda.is_available()).distributed_type
+    if ranks_are in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise InputError("accelerate config: FSDP, and accelerate shards on several accelerators alone; launch without it here")
-    version = trainer.accelerator.state.fsdp_plugin.fsdp_version
+    version = FullyShardedDataParallelPlugin().fsdp_version  # reads what accelerate launch has set
     if version != 2:
         raise InputError(f"accelerate config: fsdp_version is {version}; checkpoints and adapters are those of FSDP2, set it to 2")
 
@@ -118,8 +119,11 @@ def _check_sharding(trainer: ResumableTrainer) -> None:
 def load_policy(recipe: SftRecipe) -> Policy:
     """The recipe's policy with fp32 master weights, its adapter if it has one, and its tokenizer.
 
-    Raises InputError if `init` is no architecture, if `path` cannot be loaded, or if a dense policy should balance experts.
+    Raises InputError if `init` is no architecture, if `path` cannot be loaded, if a dense policy should balance experts, or if sharding
+    is wanted where there is none.
     """
+    if wanted():
+        _check_sharding()
     policy = recipe.policy
     # With it ranks but the first would hold nothing until accelerate hands the weights out; here each reads its own.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"

@@ -3,9 +3,11 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from accelerate.utils import DistributedType
 
 import sft.train
 
@@ -167,3 +169,14 @@ def test_a_batch_that_does_not_divide_among_the_ranks_is_refused(command, recipe
     code, _, errors = command(recipe)
     assert code == 2
     assert "sft.batch_size: 4 rows do not divide among 3 ranks" in errors
+
+
+@pytest.mark.parametrize(("accelerators", "message"), [(False, "shards on several accelerators alone"), (True, "fsdp_version is 1;")])
+def test_sharding_that_is_not_there_is_refused_before_the_folder_is_claimed(command, recipe, tmp_path, monkeypatch, accelerators, message):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    if accelerators:
+        monkeypatch.setattr("sft.trainer.PartialState", lambda **_: SimpleNamespace(distributed_type=DistributedType.MULTI_GPU))
+    code, _, errors = command(recipe)
+    assert code == 2 and message in errors and errors.count("\n") == 1, errors
+    assert not (tmp_path / "outputs").exists()
