@@ -94,7 +94,8 @@ class Killed:
         submit, score = RolloutPool.submit, Scorer.submit
 
         def noting_submit(pool: Any, requests: Any) -> None:
-            notes.write(json.dumps({"pid": os.getpid(), "sampled": [request.id for request in requests]}) + "\n")
+            asked = [request.id for request in requests]
+            notes.write(json.dumps({"pid": os.getpid(), "at": time.monotonic(), "sampled": asked}) + "\n")
             submit(pool, requests)
 
         def noting_score(scorer: Any, key: Any, job: Any) -> None:
@@ -105,14 +106,17 @@ class Killed:
         sys.argv = ["sft.curate", str(self.folder / "recipe.yaml")]
         return sft.curate.main()
 
-    def run_for(self, seconds: float) -> int | None:
-        """Kills it after some seconds; its exit code if it ended before."""
+    def run_for(self, seconds: float, from_asked: bool = False) -> int | None:
+        """Kills it after some seconds, or so long after it asked for its first completion; its exit code if it ended before."""
+        before = self.notes.stat().st_size
         pid = self.start()
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
+        deadline = None if from_asked else time.monotonic() + seconds
+        while deadline is None or time.monotonic() < deadline:
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 return os.waitstatus_to_exitcode(status)
+            if deadline is None and self.notes.stat().st_size > before:
+                deadline = time.monotonic() + seconds
             time.sleep(0.002)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

@@ -3,18 +3,20 @@
     PYTHONPATH=.:tests python tests/bench/curate.py kills [--engine hf|vllm] [--policy POLICY] [--kills 30] [--prompts 40]
     PYTHONPATH=.:tests python tests/bench/curate.py busy POLICY [--prompts 400] [--group 4] [--turns 5]
 
-kills: a curation of two experts is killed (SIGKILL) at random moments and started again until it ends. After
-each kill the journal is read; what it holds may neither be asked of an engine nor handed to the rewards again. With hf the files at
-the end are byte for byte those of a run that was never killed.
+kills: a curation of two experts is killed (SIGKILL) at random moments and started again until it ends; with vllm, whose engines load
+for long, moments count from the first completion that is asked for. After each kill the journal is read; what it holds may neither be
+asked of an engine nor handed to the rewards again. With hf the files at the end are byte for byte those of a run that was never killed.
 
 busy: tokens per engine-busy second of curation, journal, rewards and all, against bare `LLM.generate` on the same prompts, seeds and
 settings, turn by turn in the same run. Loading stands apart. `wall` counts from the first request to the last score. Beside them
 stand tokens per CPU second of the sampling process, and how much CPU time all other processes of the curation took for each of it:
 these hold on a machine that others use as well. Seconds need two cores and nothing else on them: on one core with the curation's own
-processes they say more of the scheduler than of curation.
+processes they say more of the scheduler than of curation. An engine is a session of its own, and where the kernel groups tasks by
+session, a priority reaches it by /proc/PID/autogroup alone.
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import random
@@ -42,14 +44,15 @@ def kills(arguments: argparse.Namespace) -> None:
         for place in (whole, killed):
             place.mkdir()
             write_recipe(place, _recipe(place, arguments))
-        began = time.monotonic()
+        began, loads = time.monotonic(), arguments.engine == "vllm"
         assert Killed(whole).run_for(1800) == 0, (whole / "log.txt").read_text()[-2000:]
-        taken = time.monotonic() - began
+        ended = time.monotonic()
+        taken = ended - (_first_asked(whole / "asked.jsonl") if loads else began)
         curation, rng = Killed(killed), random.Random(arguments.seed)
         done, line_number, repeated = 0, 0, 0
         while True:
             completions, scored = curation.held()
-            code = curation.run_for(rng.uniform(0.0, 0.7 * taken) if done < arguments.kills else 1800)
+            code = curation.run_for(rng.uniform(0.0, 0.7 * taken), loads) if done < arguments.kills else curation.run_for(1800)
             asked, judged, line_number = curation.asked_since(line_number)
             repeated += len(asked & completions) + len(judged & scored)
             line({"kill": done, "held": len(completions), "scored": len(scored), "asked": len(asked), "repeated": repeated, "code": code})
@@ -63,6 +66,11 @@ def kills(arguments: argparse.Namespace) -> None:
         same = files_of(killed / "outputs/curation/curated") == files_of(whole / "outputs/curation/curated")
         print(f"{done} kills, {repeated} completions or groups asked for again, files byte for byte the same: {same}")
         assert not repeated and (same or arguments.engine == "vllm")
+
+
+def _first_asked(notes: Path) -> float:
+    """When the first completion was asked for, by time.monotonic; engines are loaded then."""
+    return json.loads(notes.read_text().splitlines()[0])["at"]
 
 
 def _recipe(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
