@@ -111,8 +111,12 @@ def test_what_a_killed_selection_wrote_is_not_reported_as_the_one_before(command
     path = write_recipe(tmp_path, small_recipe(tmp_path, prompts=2))
     command(path, "select.pass_rate=null")
     other = ["select.rule=best_of_n", "select.pass_rate=null"]
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(RunFolder, "write_exit", lambda *_: signal.raise_signal(signal.SIGINT))
+
+    def killed(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(RunFolder, "write_exit", killed)
         command(path, *other)
     rows = rows_of(tmp_path)
     code, output, errors = command(path, *other)
