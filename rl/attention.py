@@ -152,6 +152,7 @@ def segment_attention(
     assert attention_mask is None and dropout == 0.0, "a flat batch has no padding mask, and RL trains without dropout"
     if sliding_window is not None and cohort.longest > sliding_window:
         raise ValueError(f"prompt and completion have {cohort.longest} tokens, the model's sliding window is {sliding_window}")
+    query, key = query.to(value.dtype), key.to(value.dtype)  # beside BF16 matrices the rotation is FP32
     if cohort.mask is not None:
         return on_gpu(query, key, value, scaling, cohort.mask, _compiled()), None
     # The CPU kernel wants values as wide as keys; MLA's are narrower, and columns of zeros stay zeros.

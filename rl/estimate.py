@@ -28,9 +28,11 @@ ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
 """Of an activation. FP8 products save codes, which is not counted: activations are then an upper bound."""
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 """Of a weight where it is used, sent and saved; the few that are not converted to FP8 are counted as if they were."""
-KEPT = 2.3
-"""Bytes that autograd keeps of a layer, over those of the outputs of its matrices and norms: the most that saved_tensors_hooks
-counts for tiny Qwen3-MoE and DeepSeek-V3 policies in fp32 (1.7 to 2.0) and bf16 (2.2 to 2.3); a test holds it."""
+STREAM_BYTES = ELEMENT_BYTES | {"bf16": 4}
+"""Of the residual stream, which is what a layer reads (rl/mixed.py)."""
+KEPT = {"fp32": 2.0, "bf16": 2.5, "fp8": 2.3}
+"""Bytes that autograd keeps of a layer, over those of the outputs of its matrices and norms: no less than saved_tensors_hooks
+counts for tiny Qwen3-MoE and DeepSeek-V3 policies in fp32 (1.6 to 1.8) and bf16 (2.2 to 2.5); a test holds these two."""
 HEAD_COPIES = 6
 """FP32 copies of a chunk of logits at once in `rl.logp`: cast, scaled, two for the entropy, the gradients of the first two."""
 VLLM_BATCH_TOKENS = 16384
@@ -220,7 +222,7 @@ def _passing(recipe: TrainRecipe, sizes: Sizes, shards: int, max_model_len: int,
 
     Attention holds no scores, on a CPU (flash attention) as on a GPU (FlexAttention); what it keeps is a log-sum a row and head.
     """
-    b = ELEMENT_BYTES[recipe.policy.precision]
+    b, stream, k = (of[recipe.policy.precision] for of in (ELEMENT_BYTES, STREAM_BYTES, KEPT))
     _, tokens = pass_tokens(recipe, max_model_len)
     parts = []
     if shards > 1:
@@ -231,11 +233,11 @@ def _passing(recipe: TrainRecipe, sizes: Sizes, shards: int, max_model_len: int,
         parts.append(Part("gathered", b * 2 * sizes.root + wide * 3 * layer, formula))
     checkpointing = recipe.policy.activation_checkpointing
     if checkpointing:
-        parts.append(Part("layer inputs", b * tokens * sizes.hidden * sizes.layers, f"b x T x D x L, T = {tokens:,}"))
-    kept = KEPT * b * tokens * (sizes.kept_layer if checkpointing else sizes.kept_layers)
+        parts.append(Part("layer inputs", stream * tokens * sizes.hidden * sizes.layers, f"{stream} bytes x T x D x L, T = {tokens:,}"))
+    kept = k * b * tokens * (sizes.kept_layer if checkpointing else sizes.kept_layers)
     again = ", one layer is recomputed" if checkpointing else f", T = {tokens:,}"
-    parts.append(Part("activations", kept, f"{KEPT} x b x T x outputs of {'a layer' if checkpointing else 'all layers'}{again}"))
-    parts.append(Part("gradients of activations", KEPT * b * tokens * sizes.kept_layer, "as much as a layer keeps"))
+    parts.append(Part("activations", kept, f"{k} x b x T x outputs of {'a layer' if checkpointing else 'all layers'}{again}"))
+    parts.append(Part("gradients of activations", k * b * tokens * sizes.kept_layer, "as much as a layer keeps"))
     logits = min(CHUNK_LOGITS, tokens * sizes.vocabulary)
     parts.append(Part("output head", HEAD_COPIES * 4 * logits, f"{HEAD_COPIES} x 4 bytes x {logits:,} logits a chunk"))
     return parts

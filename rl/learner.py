@@ -139,7 +139,7 @@ class Learner:
                 with self.router.reading(batch, count=self.first_pass):
                     hidden_TD = self._hidden(self.model, batch)
                 forward_done()
-                head = output_head(self.model, hidden_TD.dtype)
+                head = output_head(self.model, self.sharded)
                 logp_N, entropy_N = self._predict(head, hidden_TD, batch)
                 parts = policy_loss(batch, logp_N, batch.old_logp_N, self.loss, batch.ref_logp_N)
                 # Pieces of one sum: dividing by counts of the whole step has been done, so passes and ranks add up.
@@ -167,7 +167,7 @@ class Learner:
         """logp_N and entropy_N of a batch under a model."""
         with torch.set_grad_enabled(grad):
             hidden_TD = self._hidden(model, batch)
-            return self._predict(output_head(model, hidden_TD.dtype), hidden_TD, batch)
+            return self._predict(output_head(model, self.sharded), hidden_TD, batch)
 
     def _predict(
         self, head: Callable[[torch.Tensor], torch.Tensor], hidden_TD: torch.Tensor, batch: TrainBatch

@@ -124,6 +124,6 @@ def _logits(
     """Rows and logits / temperature, chunk by chunk; the caller may overwrite them."""
     for begin in range(0, len(hidden_ND), rows):
         n = slice(begin, begin + rows)
-        logits_nV = torch.nn.functional.linear(hidden_ND[n], weight_VD, bias_V)
+        logits_nV = torch.nn.functional.linear(hidden_ND[n].to(weight_VD.dtype), weight_VD, bias_V)
         logits_nV = logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32))
         yield n, logits_nV if temperature == 1.0 else logits_nV.div_(temperature)

@@ -157,7 +157,7 @@ def mtp_hidden(model: PreTrainedModel, hidden_TD: torch.Tensor, batch: TrainBatc
     embedded_RD = decoder.embed_tokens(rows.tokens_T)
     if detach:
         hidden_TD, embedded_RD = hidden_TD.detach(), embedded_RD.detach()
-    x = layer.combine(embedded_RD, hidden_TD[before_R])[None]
+    x = layer.combine(embedded_RD, hidden_TD[before_R]).to(hidden_TD.dtype)[None]
     position = rows.position_T[None]
     out = layer(x, position_ids=position, position_embeddings=decoder.rotary_emb(x, position), cohort=layout_of(rows))
     return layer.shared_head["norm"](out[0][rows.source_N])
@@ -207,7 +207,7 @@ class MtpLoss:
         ahead_ND = mtp_hidden(self.model, hidden_TD, batch, detach)
         if detach:
             weight_VD = head.weight.detach()
-            head = lambda x: nn.functional.linear(x, weight_VD)  # noqa: E731
+            head = lambda x: nn.functional.linear(x.to(weight_VD.dtype), weight_VD)  # noqa: E731
         logp_N, _ = logp_and_entropy(head, ahead_ND, batch.target_N, 1.0, self.model.config.vocab_size)
         tokens = len(logp_N)
         overlap = acceptance(head, hidden_TD.detach()[batch.source_N], ahead_ND.detach(), batch.temperature) * tokens

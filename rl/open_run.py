@@ -40,6 +40,7 @@ from rl.inputs import check_gpus, check_router, read_prompt_sets
 from rl.learner import Learner
 from rl.lora import add_adapter
 from rl.metrics_file import MetricsFile
+from rl.mixed import residual_in_fp32
 from rl.placement import ColocatedStream, ColocatedSync, Turns
 from rl.policy import DTYPES, load_model, load_tokenizer, policy_fingerprint, policy_folder
 from rl.progress import Display
@@ -163,6 +164,8 @@ def _learner(run: Run, source: Path) -> Learner:
             model = load_model(folder, torch.float32 if sharded is not None else compute)  # what is sharded are the FP32 masters
         if sharded is not None:
             shard(model, ranks, compute)
+        if recipe.policy.precision == "bf16":
+            residual_in_fp32(model)
         return model.to(ranks.device)
 
     # With an adapter a checkpoint's weights are merged; base weights and adapter are read apart.

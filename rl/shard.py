@@ -43,7 +43,8 @@ def shard(model: PreTrainedModel, ranks: Ranks, compute: torch.dtype) -> None:
     mesh = init_device_mesh(ranks.device.type, (ranks.count,))
     settings: dict[str, Any] = {
         "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.promote_types(compute, torch.float32)),
+        # What a layer reads stays as it is: the residual stream is wider than BF16 matrices (rl/mixed.py).
+        "mp_policy": MixedPrecisionPolicy(compute, torch.promote_types(compute, torch.float32), cast_forward_inputs=False),
         "reshard_after_forward": bool(plugin.reshard_after_forward),
         "offload_policy": CPUOffloadPolicy() if isinstance(plugin.cpu_offload, CPUOffloadPolicy) else OffloadPolicy(),
     }
@@ -65,10 +66,10 @@ def shard(model: PreTrainedModel, ranks: Ranks, compute: torch.dtype) -> None:
     head.weight = torch.nn.Parameter(distribute_tensor(head.weight.detach(), mesh, [Shard(0)]))
 
 
-def output_head(model: PreTrainedModel, compute: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The output head as a function of hidden states; a sharded one is gathered now, and its gradient is summed over ranks."""
+def output_head(model: PreTrainedModel, compute: torch.dtype | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The output head as a function of hidden states; a sharded one is gathered now, in `compute`, and its gradient is summed over ranks."""
     head = model.get_output_embeddings()
     if not isinstance(head.weight, DTensor):
         return head
     weight_VD = head.weight.full_tensor(grad_placements=[Partial()]).to(compute)
-    return lambda hidden_ND: torch.nn.functional.linear(hidden_ND, weight_VD)
+    return lambda hidden_ND: torch.nn.functional.linear(hidden_ND.to(weight_VD.dtype), weight_VD)

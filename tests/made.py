@@ -13,6 +13,7 @@ from data.values import Completion, Group, Prompt, Score
 from rl.advantage import group_advantage
 from rl.config import AdvantageConfig, LearnerConfig, LossConfig
 from rl.learner import Learner
+from rl.mixed import residual_in_fp32
 from rl.policy import load_model
 from rl.ranks import Ranks
 from rl.replay import with_routes
@@ -134,8 +135,11 @@ def make_learner(
     policy: Path, loss: LossConfig, *, dtype: torch.dtype = torch.float64, reference: Path | None = None, **config: object
 ) -> Learner:
     settings = {"lr": 1e-3, "warmup_steps": 0, "micro_tokens": 10_000} | config
+    model = load_model(policy, dtype)
+    if dtype is torch.bfloat16:
+        residual_in_fp32(model)
     return Learner(
-        load_model(policy, dtype),
+        model,
         loss,
         LearnerConfig(**settings),  # type: ignore[arg-type]
         Ranks(),

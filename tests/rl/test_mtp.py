@@ -55,7 +55,7 @@ def packed_loss(model: PreTrainedModel, batch: TrainBatch, detach: bool) -> torc
         input_ids=batch.tokens_T[None], position_ids=batch.position_T[None], use_cache=False, cohort=layout_of(batch)
     ).last_hidden_state[0]
     ahead = mtp_hidden(model, hidden, batch, detach)
-    head = output_head(model, ahead.dtype)
+    head = output_head(model)
     return -logp_and_entropy(head, ahead, batch.target_N, TEMPERATURE, model.config.vocab_size)[0].sum()
 
 

@@ -72,6 +72,14 @@ def test_two_ranks_give_the_gradients_of_one(
     assert distance(of_two[f"{case}, {sharding}"], one) < 1e-10
 
 
+def test_layers_gathered_in_bf16_add_up_in_fp32(policy: Path, of_two: dict[str, dict[str, torch.Tensor]]) -> None:
+    groups = near(make_groups(REWARDS), policy)
+    exact, one = (gradients(make_learner(policy, DAPO, dtype=dtype), groups) for dtype in (torch.float32, torch.bfloat16))
+    two = of_two["spread, sharded in bf16"]
+    assert {g.dtype for g in two.values()} == {torch.float32}
+    assert distance(two, exact) < 1.1 * distance(one, exact), (distance(two, exact), distance(one, exact))
+
+
 def test_two_ranks_count_the_load_and_the_mismatch_of_one(policy: Path, of_two: dict[str, dict[str, torch.Tensor]]) -> None:
     with NoFloat32():
         groups = random_routes(near(make_groups(REWARDS), policy), layers=2)

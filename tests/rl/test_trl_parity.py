@@ -94,13 +94,18 @@ def float64_head(model: Any, ids: torch.Tensor, mask: torch.Tensor, keep: int, *
     return logp.gather(-1, ids[:, -keep:, None]).squeeze(-1), -(logp.exp() * logp).sum(-1), None
 
 
-def trl_gradients(trainer: GRPOTrainer, inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def trl_loss(trainer: GRPOTrainer, inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
     if dtype is torch.float64:
         trainer._get_per_token_logps_and_entropies = float64_head
-    trainer._compute_loss(trainer.model, inputs).backward()
+    loss: torch.Tensor = trainer._compute_loss(trainer.model, inputs)
+    return loss
+
+
+def trl_gradients(trainer: GRPOTrainer, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    loss.backward()
     return {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in trainer.model.named_parameters()}
 
 
@@ -127,16 +132,16 @@ def test_gradients_equal_trl(policy: Path, other: Path, tmp_path: Path, case: st
     epsilon_high = 1 + loss.clip_high if loss.kind == "cispo" else loss.clip_high
     trainer = trl_trainer(policy, tmp_path, dtype, epsilon=loss.clip_low, epsilon_high=epsilon_high, **settings)
     inputs = padded_inputs(groups, group_advantage(groups, DDOF1), loss.mask_truncated, ref)
-    theirs = trl_gradients(trainer, inputs, dtype)
+    theirs = trl_gradients(trainer, trl_loss(trainer, inputs, dtype))
     ours = gradients(make_learner(policy, loss, dtype=dtype, reference=ref), groups, DDOF1)
     assert distance(ours, theirs) < (1e-10 if dtype is torch.float64 else 5e-6)
 
 
 def test_in_bf16_gradients_are_no_further_from_float32_than_those_of_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint in bf16, which trl by default trains as it is. All experts take every token: where a few are chosen, rounding now
-    and then chooses others, and both distances jump by chance."""
+    """A checkpoint in bf16, which trl trains as it is, or in fp32 under autocast (its own choice). All experts take every token: where a
+    few are chosen, rounding now and then chooses others, and distances jump by chance."""
     monkeypatch.setattr(made, "MAX_TOKENS", 40)
-    squares = {"ours": 0.0, "trl": 0.0}
+    squares = {"ours": 0.0, "trl": 0.0, "trl, autocast": 0.0}
     for seed in range(3):
         policy = policies.tiny_qwen3_moe(tmp_path / f"policy-{seed}", seed=seed, dtype=torch.bfloat16)
         config = json.loads((policy / "config.json").read_text())
@@ -145,8 +150,13 @@ def test_in_bf16_gradients_are_no_further_from_float32_than_those_of_trl(tmp_pat
         inputs = padded_inputs(groups, group_advantage(groups, DDOF1), False, None)
         del inputs["old_per_token_logps"]  # on-policy: where a ratio is clipped is no matter of rounding
 
-        def theirs(dtype: torch.dtype, policy: Path = policy, inputs: dict[str, torch.Tensor] = inputs) -> dict[str, torch.Tensor]:
-            return trl_gradients(trl_trainer(policy, tmp_path / "trl", dtype, loss_type="dapo"), inputs, torch.float32)
+        def theirs(
+            dtype: torch.dtype, autocast: bool = False, policy: Path = policy, inputs: dict[str, torch.Tensor] = inputs
+        ) -> dict[str, torch.Tensor]:
+            trainer = trl_trainer(policy, tmp_path / "trl", dtype, loss_type="dapo")
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # accelerate's `mixed_precision: bf16`
+                loss = trl_loss(trainer, inputs, torch.float32)
+            return trl_gradients(trainer, loss)
 
         def ours(dtype: torch.dtype, policy: Path = policy, groups: list[Group] = groups) -> dict[str, torch.Tensor]:
             return gradients(make_learner(policy, LossConfig(kind="dapo", correction="none"), dtype=dtype), groups, DDOF1)
@@ -155,8 +165,10 @@ def test_in_bf16_gradients_are_no_further_from_float32_than_those_of_trl(tmp_pat
         assert distance(ours(torch.float32), exact) < 5e-6
         squares["ours"] += distance(ours(torch.bfloat16), exact) ** 2
         squares["trl"] += distance(theirs(torch.bfloat16), exact) ** 2
-    assert 0.005 < (squares["trl"] / 3) ** 0.5 < 0.05
-    assert squares["ours"] ** 0.5 < 1.05 * squares["trl"] ** 0.5
+        squares["trl, autocast"] += distance(theirs(torch.float32, autocast=True), exact) ** 2
+    rms = {side: (square / 3) ** 0.5 for side, square in squares.items()}
+    assert 0.005 < rms["trl, autocast"] < 0.95 * rms["trl"] < 0.05
+    assert rms["ours"] < 1.02 * rms["trl, autocast"], rms
 
 
 def test_advantages_equal_trl(policy: Path) -> None:

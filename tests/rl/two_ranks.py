@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from data.values import Group
 from rl.config import LossConfig, RouterConfig
 from rl.learner import Learner
+from rl.mixed import residual_in_fp32
 from rl.ranks import Ranks
 from rl.shard import shard
 
@@ -40,15 +41,20 @@ def router_of(case: str) -> RouterConfig:
     return RouterConfig(aux_loss=0.5 if case == "routers" else 0.0)
 
 
-def step_gradients(policy: Path, case: str, ranks: Ranks, sharded: bool) -> dict[str, torch.Tensor]:
+def step_gradients(
+    policy: Path, case: str, ranks: Ranks, sharded: torch.dtype | None, masters: torch.dtype = torch.float64
+) -> dict[str, torch.Tensor]:
+    """sharded: the type that layers are gathered in."""
     groups = ranks.groups(lambda: groups_of(case, policy))
-    loss = CASES[case][1]
-    learner = make_learner(policy, loss, micro_tokens=45, reference=policy if loss.kl_coef else None, router=router_of(case))
-    if sharded:
-        exported = {name: tensor.clone() for name, tensor in learner.export()}
-        shard(learner.model, ranks, torch.float64)
+    loss, reference = CASES[case][1], policy if CASES[case][1].kl_coef else None
+    learner = make_learner(policy, loss, dtype=masters, micro_tokens=45, reference=reference, router=router_of(case))
+    if sharded is not None:
+        exported = {name: tensor.to(sharded, copy=True) for name, tensor in learner.export()}
+        shard(learner.model, ranks, sharded)
+        if sharded is torch.bfloat16:
+            residual_in_fp32(learner.model)
         learner = Learner(
-            learner.model, learner.loss, learner.config, ranks, sharded=torch.float64, temperature=TEMPERATURE, max_tokens=MAX_TOKENS,
+            learner.model, learner.loss, learner.config, ranks, sharded=sharded, temperature=TEMPERATURE, max_tokens=MAX_TOKENS,
             reference=learner.reference,
         )  # fmt: skip
         assert all(torch.equal(exported[name], tensor) for name, tensor in learner.export()), "what is gathered is what was sharded"
@@ -64,10 +70,12 @@ def main() -> None:
         loss, router = CASES["routers"][1], router_of("routers")
         groups = ranks.groups(lambda: groups_of("routers", policy))
         found["numbers"] = step_numbers(make_learner(policy, loss, micro_tokens=45, router=router), groups)
-        for sharded in (False, True):
-            os.environ.update(FSDP2 if sharded else {})
-            for case in CASES:
-                found[f"{case}, {'sharded' if sharded else 'replicated'}"] = step_gradients(policy, case, ranks, sharded)
+        for case in CASES:
+            found[f"{case}, replicated"] = step_gradients(policy, case, ranks, None)
+        os.environ.update(FSDP2)
+        for case in CASES:
+            found[f"{case}, sharded"] = step_gradients(policy, case, ranks, torch.float64)
+        found["spread, sharded in bf16"] = step_gradients(policy, "spread", ranks, torch.bfloat16, torch.float32)
     if ranks.main:
         torch.save(found, out)
     ranks.close()
