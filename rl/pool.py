@@ -129,6 +129,7 @@ class RolloutPool:
             try:
                 done += self._read(self._mail.get(timeout=min(left_s, WATCH_s)))
             except queue.Empty:
+                self._feed()  # once for all that a step finished, and so in few messages
                 self._watch()
                 if left_s <= WATCH_s:
                     return done
@@ -220,7 +221,6 @@ class RolloutPool:
         group = self._groups.get(completion.group_id, ())
         if not any(request.id in self._wanted for request in group):
             self._groups.pop(completion.group_id, None)
-        self._feed()
         return [completion]
 
     def _watch(self) -> None:

@@ -67,7 +67,7 @@ def shard(model: PreTrainedModel, ranks: Ranks, compute: torch.dtype) -> None:
 
 
 def output_head(model: PreTrainedModel, compute: torch.dtype | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The output head as a function of hidden states; a sharded one is gathered now, in `compute`, and its gradient is summed over ranks."""
+    """The output head as a function of hidden states; a sharded one is gathered now, in `compute`, and its gradient summed over ranks."""
     head = model.get_output_embeddings()
     if not isinstance(head.weight, DTensor):
         return head

@@ -32,9 +32,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
 
-from data.values import Completion
 from rl.engines.base import Died, EngineDead, Finished, Health, Mailbox, Part, Pulse, Request, WeightChunk, patience_s
-from rl.engines.server import Answer, Call, Failed, Ready
+from rl.engines.server import Answer, Call, Failed, Ready, Sampled
 
 # Imported first in the fork server, where vllm would otherwise complain on the terminal that it has no Triton.
 logging.getLogger("vllm").addHandler(logging.NullHandler())
@@ -257,8 +256,9 @@ class _Link:
                 said = self.pipe.recv()
                 self.heard = time.monotonic()
                 match said:
-                    case Completion() as completion:
-                        self.mailbox.put(Finished(self.spec.name, completion))
+                    case Sampled() as sampled:
+                        for completion in sampled.completions():
+                            self.mailbox.put(Finished(self.spec.name, completion))
                     case Health() as health:
                         self.mailbox.put(Pulse(self.spec.name, health))
                     case Answer(number, value):

@@ -46,6 +46,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -65,6 +66,8 @@ KV_CACHE_MAX_bytes = 4 << 30
 """On a CPU: an engine whose slots could fill more takes this, and lets requests wait."""
 SLEEP_LEVEL = 2
 """Weights are dropped, not copied to host memory: every update brings all of them (`rl.engines.weights` checks that it does)."""
+OFFLINE = UsageContext.LLM_CLASS
+"""Tells vLLM to choose its budget of tokens a step for throughput, as `LLM` does; a server's is half of it."""
 POLL_s = 0.005
 """How long a step waits for AsyncLLM before the loop looks at the pipe again."""
 
@@ -316,7 +319,7 @@ def engine_config(spec: VllmSpec) -> VllmConfig:
         # Sleep mode takes memory from an allocator of vLLM's own, which can give it back; it has not run on a GPU.
         return AsyncEngineArgs(
             gpu_memory_utilization=spec.gpu_memory_utilization, enable_sleep_mode=spec.sleeps, **args
-        ).create_engine_config()
+        ).create_engine_config(OFFLINE)
 
     # The platform would otherwise put the executor into one more process, and import vllm again.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -333,7 +336,7 @@ def engine_config(spec: VllmSpec) -> VllmConfig:
         # vLLM's C kernel reads MLA's strided queries as if they were dense, and rotates the wrong rows.
         args["compilation_config"] = {"custom_ops": ["all", "-rotary_embedding"]}
     # In chunks vLLM samples after each and winds the seeded generator back, which one of a CPU refuses: "does not use offset".
-    config = AsyncEngineArgs(enforce_eager=True, enable_chunked_prefill=False, **args).create_engine_config()
+    config = AsyncEngineArgs(enforce_eager=True, enable_chunked_prefill=False, **args).create_engine_config(OFFLINE)
     config.cache_config.kv_cache_memory_bytes = kv_cache_bytes(config)
     return config
 

@@ -1,12 +1,12 @@
 """The pool with one vLLM engine against bare `LLM.generate`: the same prompts, seeds and settings, turn by turn in the same run.
 
-    python tests/bench/pool_vs_generate.py POLICY [--prompts 64] [--group 8] [--max-tokens 48] [--turns 7]
+    python tests/bench/pool_vs_generate.py POLICY [--prompts 192] [--group 8] [--max-tokens 48] [--turns 7]
 
 What is compared is tokens per engine-busy second: for the pool, seconds in which the engine had work (`Health.busy_s`); for
 `generate`, seconds of the call. Tokens over the pool's wall seconds, from the first submit to the last completion, stand beside, and
-tokens per CPU second of the sampling process, which hold on a machine that others use as well. `generate` is asked twice a turn, once
-with the settings an engine has and once with vLLM's own for `LLM` (its larger budget of tokens a step). Each is a process of its own
-that waits while another samples; all sample the same tokens, and that is asserted. Needs two cores and nothing else on the machine:
+tokens per CPU second of the sampling process, which hold on a machine that others use as well. A turn takes several seconds, so that
+start and tail, in which slots are free, weigh about as in a step of training. Each is a process of its own that waits while the other
+samples; both sample the same tokens, and that is asserted. Needs two cores and nothing else on the machine:
 beside other work, or on one core with the trainer's process, seconds say more of the scheduler than of the pool.
 """
 
@@ -43,7 +43,7 @@ def make_requests(arguments: argparse.Namespace, vocabulary: int, turn: int) -> 
     return groups
 
 
-def bare(pipe: Connection, spec: VllmSpec, own_settings: bool) -> None:
+def bare(pipe: Connection, spec: VllmSpec) -> None:
     """A process with an `LLM`; answers groups with seconds and tokens."""
     with spec.log_path.open("a") as log:
         os.dup2(log.fileno(), 1)
@@ -54,14 +54,13 @@ def bare(pipe: Connection, spec: VllmSpec, own_settings: bool) -> None:
     from rl.engines.vllm_worker import engine_config, sampling_params
 
     config = engine_config(spec)  # sets threads and environment as for an engine
-    settings: dict[str, Any] = {}
-    if not own_settings:
-        settings["max_num_batched_tokens"] = config.scheduler_config.max_num_batched_tokens
     llm = LLM(
         str(spec.policy_path), dtype=spec.dtype, max_model_len=spec.max_model_len, max_num_seqs=spec.slots, enforce_eager=True,
         enable_chunked_prefill=False, kv_cache_memory_bytes=config.cache_config.kv_cache_memory_bytes,
-        logprobs_mode="processed_logprobs", disable_log_stats=True, seed=0, **settings,
+        logprobs_mode="processed_logprobs", disable_log_stats=True, seed=0,
     )  # fmt: skip
+    its_own = llm.llm_engine.vllm_config.scheduler_config
+    assert its_own.max_num_batched_tokens == config.scheduler_config.max_num_batched_tokens, "an engine has another budget of tokens"
     pipe.send(None)
     while (groups := pipe.recv()) is not None:
         requests = [request for group in groups for request in group]
@@ -76,10 +75,10 @@ def bare(pipe: Connection, spec: VllmSpec, own_settings: bool) -> None:
 class Bare:
     """The other end of `bare`."""
 
-    def __init__(self, spec: VllmSpec, own_settings: bool) -> None:
+    def __init__(self, spec: VllmSpec) -> None:
         self.spec = spec
         self.pipe, other = multiprocessing.get_context("spawn").Pipe()
-        self.process = multiprocessing.get_context("spawn").Process(target=bare, args=(other, spec, own_settings), daemon=True)
+        self.process = multiprocessing.get_context("spawn").Process(target=bare, args=(other, spec), daemon=True)
         self.process.start()
         other.close()
         self.ask()
@@ -115,7 +114,7 @@ def pool_sample(pool: RolloutPool, engine: VllmEngine, groups: list[list[Request
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("policy", type=Path)
-    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--prompts", type=int, default=192)
     parser.add_argument("--prompt-tokens", type=int, default=8)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=48)
@@ -127,36 +126,28 @@ def main() -> None:
         logs = Path(folder)
         length = arguments.prompt_tokens + arguments.max_tokens
         engine = VllmEngine("pool", arguments.policy, log_path=logs / "pool.log", max_model_len=length, slots=arguments.slots)
-        like, own = (Bare(VllmSpec(**{**vars(engine.spec), "log_path": logs / f"bare{n}.log"}), n == 1) for n in range(2))
+        generate = Bare(VllmSpec(**{**vars(engine.spec), "log_path": logs / "bare.log"}))
         rows = []
         with RolloutPool([engine]) as pool:
             for turn in range(-1, arguments.turns):
                 groups = make_requests(arguments, arguments.vocabulary, turn + 1)
-                samplers = (partial(pool_sample, pool, engine), like.sample, own.sample)
+                samplers = [partial(pool_sample, pool, engine), generate.sample]
                 # who goes first changes with the turn
-                results = {n % 3: samplers[n % 3](groups) for n in range(turn, turn + 3)}
+                results = {n % 2: samplers[n % 2](groups) for n in range(turn, turn + 2)}
                 busy, pool_cpu, wall, tokens = results[0]
-                (like_s, like_cpu, like_tokens), (own_s, own_cpu, own_tokens) = results[1], results[2]
-                assert tokens == like_tokens == own_tokens, "they did not sample the same"
+                taken, cpu, same_tokens = results[1]
+                assert tokens == same_tokens, "they did not sample the same"
                 count = sum(map(len, tokens.values()))
-                rates = {"pool_busy": busy, "pool_wall": wall, "generate": like_s, "generate_own": own_s}
+                rates = {"pool_busy": busy, "pool_wall": wall, "generate": taken}
                 row = {"turn": turn, "tokens": count} | {f"{name}_tokens_per_s": round(count / s, 1) for name, s in rates.items()}
-                row |= {"busy_share": round(like_s / busy, 3), "wall_share": round(like_s / wall, 3), "own_share": round(own_s / busy, 3)}
-                row |= {"cpu_share": round(like_cpu / pool_cpu, 3), "own_cpu_share": round(own_cpu / pool_cpu, 3)}
+                row |= {"busy_share": round(taken / busy, 3), "wall_share": round(taken / wall, 3), "cpu_share": round(cpu / pool_cpu, 3)}
                 line(row)
                 if turn >= 0:  # the first warms up
                     rows.append(row)
-        for one in (like, own):
-            one.pipe.send(None)
-            one.process.join()
+        generate.pipe.send(None)
+        generate.process.join()
     table(rows, tuple(rows[0]))
-    shares = {
-        "busy_share": "busy second",
-        "wall_share": "wall second",
-        "own_share": "busy second, vLLM's own settings",
-        "cpu_share": "CPU second",
-        "own_cpu_share": "CPU second, vLLM's own settings",
-    }
+    shares = {"busy_share": "busy second", "wall_share": "wall second", "cpu_share": "CPU second"}
     for name, what in shares.items():
         print(f"pool / generate, tokens per {what}: median {statistics.median(row[name] for row in rows):.3f}")
 

@@ -103,7 +103,7 @@ def test_engines_have_a_second_batch_waiting_where_there_is_plenty_for_all() -> 
         for position in range(10):
             pool.submit(requests(position, 4))
         assert (len(a.given), len(b.given), len(pool.waiting)) == (8, 8, 24)
-        for expected in ((8, 8, 8), (5, 3, 0)):  # the end is shared evenly
+        for expected in ((8, 8, 8), (4, 4, 0)):  # the end is shared evenly
             a.finish(8)
             b.finish(8)
             assert len(pool.poll(0.1)) == 16
