@@ -59,7 +59,8 @@ class PolicyConfig(Section):
     config: str | None = None
     """A model config in JSON, for the sizes of a dry run where the weights are not at hand."""
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
-    """Of forward and backward; fp8: as DeepSeek-V3 trains (`rl/fp8`), with what is left in `fp8.rest`."""
+    """Of forward and backward. bf16: matrices; residual stream and norms stay in FP32. fp8: as DeepSeek-V3 trains (`rl/fp8`), with what is
+    left in `fp8.rest`."""
     fp8: Fp8Config = Fp8Config()
     """What `precision: fp8` means."""
     lora: LoraConfig | None = None

@@ -4,7 +4,7 @@ Matrices are BF16 and multiply in BF16. What adds up over the layers does not: t
 as do the softmax over the vocabulary and whatever is summed over tokens. That is what autocast over FP32 weights computes, but
 with the weights that the engines have: each master is rounded once a step, not once a pass, and there is no second copy of it to keep.
 
-A module with a matrix of its own reads its input in the matrix's type, embeddings give FP32, RMS norms read FP32 and so give it.
+A module with a matrix of its own reads BF16, embeddings give FP32, RMS norms read FP32 and so give it.
 transformers' grouped product of experts casts what it reads itself, and the attention what it gets.
 """
 
@@ -27,7 +27,7 @@ def residual_in_fp32(model: PreTrainedModel) -> None:
         elif isinstance(module, DeepseekV3TopkRouter):
             pass  # multiplies in FP32 by itself
         elif isinstance(module, nn.LayerNorm) or any(p.ndim == 2 for p in own):
-            module.register_forward_pre_hook(_reads_own_type)
+            module.register_forward_pre_hook(_reads_bf16)
 
 
 def _gives_fp32(module: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
@@ -38,6 +38,5 @@ def _reads_fp32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (args[0].float(), *args[1:])
 
 
-def _reads_own_type(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    kind = next(module.parameters(recurse=False)).dtype
-    return (args[0].to(kind), *args[1:])
+def _reads_bf16(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0].bfloat16(), *args[1:])
