@@ -75,8 +75,9 @@ class Sampled:
         arrays = [np.frombuffer(data, kind) for data, kind in zip(self.arrays, BY_TOKEN.values(), strict=True)]
         done, begin = [], 0
         for tokens, *plain in self.fields:
-            own = (array[begin : begin + tokens].copy() for array in arrays)
-            done.append(Completion(**dict(zip(PLAIN, plain, strict=True)), **dict(zip(BY_TOKEN, own, strict=True))))
+            values: dict[str, Any] = dict(zip(PLAIN, plain, strict=True))
+            values |= {name: array[begin : begin + tokens].copy() for name, array in zip(BY_TOKEN, arrays, strict=True)}
+            done.append(Completion(**values))
             begin += tokens
         return done
 
