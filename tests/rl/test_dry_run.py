@@ -125,7 +125,7 @@ def test_a_recipe_that_cannot_fit_says_by_how_much(
     assert "memory: fits" in capsys.readouterr().out
     assert dry_run(monkeypatch, rl.train, "recipes/gsm8k_8gpu.yaml", "hardware.gpus=6") == 0
     out = capsys.readouterr().out
-    assert "does not fit, 5.25 GB too much" in out and "memory: does not fit; what helps: more GPUs" in out
+    assert "does not fit, 7.26 GB too much" in out and "memory: does not fit; what helps: more GPUs" in out
     assert dry_run(monkeypatch, rl.train, "recipes/gsm8k_8gpu.yaml", "rollout.engines=8") == 0
     assert "memory: does not fit: rollout: 8 engines on 1 GPUs each leave none of 8 to the learner" in capsys.readouterr().out
     assert dry_run(monkeypatch, rl.train, "recipes/gsm8k_8gpu.yaml", "rollout.engines=5", "rollout.tensor_parallel=2") == 2
