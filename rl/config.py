@@ -6,6 +6,7 @@ version does not have are refused by name, never ignored.
 
 import math
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -79,7 +80,12 @@ class RolloutConfig(Section):
     engine: Literal["vllm", "hf"] = "vllm"
     """vllm: a process of its own for each engine; hf: transformers in this process, for tests and bit-exact runs."""
     engines: int = Field(1, ge=1)
-    """Number of engines on this machine."""
+    """Number of engines; with `servers` as many as these."""
+    servers: list[str] = []
+    """Engines on other machines, by URL (`http://host:port`), each started there by `python -m rl.serve RECIPE`; none: engines of
+    this machine."""
+    server_token_env: str | None = None
+    """Environment variable that holds the servers' token; null: they have none, and listen on their own machine alone."""
     group_size: int = Field(8, ge=2)
     """G: completions of a prompt that are judged against each other. One alone has nothing to be judged against."""
     max_tokens: int = Field(64, ge=1)
@@ -122,7 +128,7 @@ class RolloutConfig(Section):
     placement: Literal["split", "colocate", "ray"] = "split"
     """split: engines on GPUs (or cores) of their own; colocate: on the learner's, in turns: engines sleep while it learns, and its
     optimizer's state goes to host memory while they sample, where both do not fit (`--dry-run` says so). vLLM's sleep mode has not
-    run on a GPU here; on a CPU nothing is freed."""
+    run on a GPU here; on a CPU nothing is freed. ray: on a Ray cluster (RAY_ADDRESS, or one of this machine), where it has room."""
     tensor_parallel: int = Field(1, ge=1)
     """GPUs for each engine."""
 
@@ -173,6 +179,32 @@ class RolloutConfig(Section):
         if value is not None:
             find_plugin(value, CONVERSATIONS)
         return value
+
+    @field_validator("servers")
+    @classmethod
+    def _urls(cls, urls: list[str]) -> list[str]:
+        for index, url in enumerate(urls):
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
+                raise ValueError(f"'{url}' is no address of a server; write http://host:port")
+            if url in urls[:index]:
+                raise ValueError(f"'{url}' stands twice; a server is one engine")
+        return urls
+
+    @model_validator(mode="after")
+    def _engines_elsewhere(self) -> "RolloutConfig":
+        if self.servers and self.engines not in (1, len(self.servers)):
+            raise ValueError(f"engines {self.engines}, and there are {len(self.servers)} servers; leave engines out")
+        if self.servers and self.placement != "split":
+            raise ValueError("servers are where they were started; take placement split")
+        if self.elsewhere and self.weights == "nccl":
+            raise ValueError("weights nccl goes to engines of this machine; engines elsewhere get them over the network with weights: file")
+        return self
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the engines are none of this machine's, so that nothing here has to be there for them."""
+        return bool(self.servers) or self.placement == "ray"
 
 
 class AdvantageConfig(Section):

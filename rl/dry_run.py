@@ -6,6 +6,7 @@ completion as long as it may be; the formulas are those of `rl/estimate.py`.
 """
 
 import json
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from data.prompts import check_prompts, read_prompts
 from data.recipe import InputError, resolved_yaml
 from data.values import Prompt
 from rl.command import main_rank
-from rl.config import TrainRecipe
+from rl.config import RolloutConfig, TrainRecipe
 from rl.estimate import GB, Machine, Place, colocated_share, learner_ranks, machine_of, pass_tokens, places, sent_bytes
 from rl.inputs import (
     check_engine,
@@ -78,11 +79,14 @@ def dry_run(recipe: TrainRecipe, folder: RunFolder) -> int:
     print("\n".join(inputs.lines))
     print(_step(recipe, machine, inputs, longest))
     print(memory(recipe, sizes, machine, longest))
+    if recipe.rollout.elsewhere:
+        print(_elsewhere(recipe.rollout))
     if (
         sizes is not None
         and longest is not None
         and machine.gpus
         and recipe.rollout.engine == "vllm"
+        and not recipe.rollout.servers
         and learner_ranks(recipe, machine) > 0
     ):
         print(step_seconds(recipe, sizes, machine, longest))
@@ -288,7 +292,7 @@ def memory(recipe: TrainRecipe, sizes: Sizes | None, machine: Machine, longest: 
 def _other_placement(recipe: TrainRecipe, sizes: Sizes, machine: Machine, longest: int) -> list[str]:
     """Whether the placement that the recipe did not take would fit."""
     rollout = recipe.rollout
-    if not machine.gpus or rollout.engine != "vllm" or rollout.placement == "ray":
+    if not machine.gpus or rollout.engine != "vllm" or rollout.elsewhere:
         return []
     if rollout.placement == "split":
         shares = colocated_share(recipe, sizes, machine, longest)
@@ -328,6 +332,13 @@ def step_seconds(recipe: TrainRecipe, sizes: Sizes, machine: Machine, longest: i
 
     phases = {"rollout": found.rollout, "learn": found.learn, "sync": found.sync}
     return "\n".join([head, *(line(phase, term) for phase, terms in phases.items() for term in terms)])
+
+
+def _elsewhere(rollout: RolloutConfig) -> str:
+    """Engines that are not this machine's; they are not looked for before a run starts."""
+    if rollout.servers:
+        return f"engines: {', '.join(rollout.servers)}; their memory is not counted here, and whether they answer is seen when a run starts"
+    return f"engines: {rollout.engines} on the Ray cluster {os.environ.get('RAY_ADDRESS') or 'of this machine'}, where it has room"
 
 
 def _weight_file(recipe: TrainRecipe, sizes: Sizes) -> str:

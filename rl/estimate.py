@@ -101,7 +101,9 @@ def machine_of(hardware: HardwareConfig | None) -> Machine:
 
 
 def engine_gpus(recipe: TrainRecipe) -> int:
-    """GPUs that vLLM engines are on; an hf engine lives in the learner's process, on its GPU."""
+    """GPUs that vLLM engines are on, servers left out; an hf engine lives in the learner's process, on its GPU."""
+    if recipe.rollout.servers:
+        return 0
     return recipe.rollout.engines * recipe.rollout.tensor_parallel if recipe.rollout.engine == "vllm" else 0
 
 
@@ -137,6 +139,8 @@ def places(recipe: TrainRecipe, sizes: Sizes, machine: Machine, max_model_len: i
     if not machine.gpus:
         return [_ram(recipe, sizes, machine, learner, max_model_len)]
     first = f"{ranks} of {machine.gpus * machine.nodes} GPUs learn; on each"
+    if recipe.rollout.servers:
+        return [Place(first, machine.gpu_bytes, tuple(learner))]
     if recipe.rollout.engine == "hf":
         return [Place(first, machine.gpu_bytes, (*learner, *_hf_engines(recipe, sizes, max_model_len)))]
     engine = _vllm_gpu(recipe, sizes, machine, max_model_len)
@@ -296,16 +300,17 @@ def _ram(recipe: TrainRecipe, sizes: Sizes, machine: Machine, learner: list[Part
     b, rollout = ELEMENT_BYTES[recipe.policy.precision], recipe.rollout
     ranks = machine.ranks
     parts = [Part(p.name, ranks * p.bytes, p.formula + (f" x {ranks} ranks" if ranks > 1 else "")) for p in learner]
-    engines = _hf_engines(recipe, sizes, max_model_len)
-    if rollout.engine == "vllm":
+    engines = [] if rollout.servers else _hf_engines(recipe, sizes, max_model_len)
+    if engines and rollout.engine == "vllm":
         slot = b * sizes.kv_token * (_blocks(max_model_len, VLLM_BLOCK["cpu"]) + VLLM_BLOCK["cpu"])
         cache = max(min(rollout.slots * slot, CPU_KV_MAX_BYTES), 2 * slot)
         formula = f"{rollout.slots} slots x {slot:,} bytes at full length, at most 4 GiB, x {rollout.engines}"
         engines[1] = Part("engines: KV cache", cache * rollout.engines, formula)
     file = Part("weight file", sent_bytes(recipe) * sizes.total, "the policy once, in shared memory")
+    here = "no engine" if rollout.servers else f"{rollout.engines} engine{'s' if rollout.engines > 1 else ''}"
     return Place(
-        f"this machine, {machine.ram_bytes / GB:.1f} GB free; {ranks} rank{'s' if ranks > 1 else ''} and {rollout.engines} "
-        f"engine{'s' if rollout.engines > 1 else ''}", machine.ram_bytes, (*parts, *engines, file),
+        f"this machine, {machine.ram_bytes / GB:.1f} GB free; {ranks} rank{'s' if ranks > 1 else ''} and {here}",
+        machine.ram_bytes, (*parts, *engines, file),
     )  # fmt: skip
 
 

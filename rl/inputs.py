@@ -157,9 +157,16 @@ def check_trackers(recipe: TrainRecipe) -> None:
 
 
 def check_engine(recipe: TrainRecipe) -> None:
-    if recipe.rollout.placement == "ray":
-        raise InputError("rollout.placement: 'ray' is not there yet, but for a dry run; take split or colocate")
-    if recipe.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+    if recipe.rollout.placement == "ray" and importlib.util.find_spec("ray") is None:
+        raise InputError("rollout.placement: ray is not installed; `pip install -e '.[ray]'`, or take split")
+    server_token(recipe.rollout)
+    if not recipe.rollout.elsewhere:
+        check_vllm(recipe.rollout)
+
+
+def check_vllm(rollout: RolloutConfig) -> None:
+    """InputError where an engine of this machine is to be vLLM's, and that is not installed."""
+    if rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise InputError(
             "rollout.engine: vllm is not installed; `make install` (CPU) or `make install EXTRA=gpu` brings it, or set rollout.engine=hf"
         )
@@ -167,7 +174,7 @@ def check_engine(recipe: TrainRecipe) -> None:
 
 def check_gpus(rollout: RolloutConfig, gpus: int) -> None:
     """gpus: of the node that the engines are on; 0 is a CPU machine. Engines in the learner's process (hf) need none of their own."""
-    if rollout.placement == "ray":
+    if rollout.elsewhere:
         return
     needed = rollout.engines * rollout.tensor_parallel
     if rollout.engine == "vllm" and 0 < gpus < needed:
@@ -177,3 +184,13 @@ def check_gpus(rollout: RolloutConfig, gpus: int) -> None:
         )
     if rollout.weights == "nccl" and gpus == 0:
         raise InputError("rollout.weights: nccl carries weights from GPU to GPU, and this machine has none; take file")
+
+
+def server_token(rollout: RolloutConfig) -> str | None:
+    """The token of servers, from the environment; None if they have none. InputError if the variable is not set."""
+    if rollout.server_token_env is None:
+        return None
+    token = os.environ.get(rollout.server_token_env, "")
+    if not token:
+        raise InputError(f"rollout.server_token_env: no environment variable {rollout.server_token_env}; set it to the servers' token")
+    return token

@@ -81,9 +81,10 @@ def _open(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks, stack: ExitStack
     assert recipe.policy.path is not None
     check_gpus(recipe.rollout, torch.cuda.device_count())
     check_engines(recipe.rollout, recipe.policy)
-    if ranks.main and recipe.rollout.engine == "vllm":
+    if ranks.main and recipe.rollout.engine == "vllm" and not recipe.rollout.elsewhere:
         preload()  # importing vllm takes ten seconds; it goes on beside what follows
-    if recipe.loss.replay == "rollout" and recipe.rollout.engine == "vllm" and not torch.cuda.is_available():
+    here = recipe.rollout.engine == "vllm" and not recipe.rollout.elsewhere
+    if recipe.loss.replay == "rollout" and here and not torch.cuda.is_available():
         raise InputError(
             "loss.replay: vLLM returns the experts it chose on a GPU alone, and this machine has none; take rollout.engine=hf, or none"
         )
@@ -118,7 +119,7 @@ def _open(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks, stack: ExitStack
         run.held_out = held_out.prompts if held_out else ()
         begin_with = engine_policy(recipe.policy, source, folder.path / "engine_policy")
         manifest = _manifest(run.learner, begin_with)
-        stream = _open_rollouts(run, begin_with, prompts, longest, stack)
+        stream = _open_rollouts(run, begin_with, manifest, prompts, longest, stack)
     run.stream = ColocatedStream(ranks, stream, turns) if turns else SharedStream(ranks, stream)
     run.sync = _sync(run, manifest, turns)
     stack.callback(run.sync.close)
@@ -272,7 +273,7 @@ def _manifest(learner: Learner, source: Path) -> dict[str, TensorSpec]:
     return manifest
 
 
-def _open_rollouts(run: Run, source: Path, prompts: PromptSet, max_model_len: int, stack: ExitStack) -> GroupStream:
+def _open_rollouts(run: Run, source: Path, manifest: Manifest, prompts: PromptSet, max_model_len: int, stack: ExitStack) -> GroupStream:
     """Metrics, rewards and engines, opened in the order in which they can fail."""
     recipe, folder = run.recipe, run.folder.path
     run.metrics = MetricsFile(folder, recipe.log.trackers, recipe.run.name, recipe.model_dump(mode="json"))
@@ -280,8 +281,10 @@ def _open_rollouts(run: Run, source: Path, prompts: PromptSet, max_model_len: in
     run.display.phase("starting rewards and engines")
     (folder / "logs").mkdir(exist_ok=True)
     run.scorer = stack.enter_context(Scorer(recipe.rewards, log_dir=folder / "logs"))
-    returns_routes = recipe.loss.replay == "rollout"
-    engines = make_engines(recipe.rollout, recipe.policy, source, max_model_len, folder / "logs", returns_routes=returns_routes)
+    engines = make_engines(
+        recipe.rollout, recipe.policy, source, max_model_len, folder / "logs",
+        returns_routes=recipe.loss.replay == "rollout", manifest=manifest,
+    )  # fmt: skip
     run.pool = stack.enter_context(make_pool(recipe.rollout, engines, run.tokenizer, run.display.say))
     parts = (PromptStream(prompts.prompts, recipe.run.seed), run.pool, run.scorer, run.journal, run.tokenizer, recipe.rollout)
     named: dict[str, Any] = {"run": recipe.run.name, "seed": recipe.run.seed, "max_error_rate": recipe.rewards.max_error_rate}

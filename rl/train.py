@@ -18,7 +18,7 @@ from rl.run_folder import RunFolder
 if TYPE_CHECKING:
     from rl.run import Run
 
-FREE = ("learner.steps", "log", "checkpoint", "eval", "hardware")
+FREE = ("learner.steps", "log", "checkpoint", "eval", "hardware", "rollout.servers", "rollout.server_token_env")
 """What may differ when a run goes on."""
 
 

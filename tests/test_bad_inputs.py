@@ -265,9 +265,14 @@ def bf16_masters_of_an_fp32_policy(inputs):
     inputs.set("learner.optimizer.masters=bf16")
 
 
-@bad("rollout.placement", "'ray' is not there yet", "take split or colocate")
-def a_placement_that_is_not_there_yet(inputs):
-    inputs.set("rollout.placement=ray")
+@bad("rollout.servers", "'node1:8400' is no address of a server", "http://host:port", early=True)
+def a_server_without_a_scheme(inputs):
+    inputs.set("rollout.servers=['node1:8400']")
+
+
+@bad("rollout.server_token_env", "COHORT_NO_TOKEN", "set it to the servers' token")
+def a_token_that_is_not_in_the_environment(inputs):
+    inputs.set("rollout.servers=['http://127.0.0.1:9']", "rollout.server_token_env=COHORT_NO_TOKEN")
 
 
 @bad("in_flight true", "set max_staleness to 1", early=True)

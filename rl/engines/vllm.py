@@ -57,7 +57,7 @@ class VllmSpec:
     threads: int
     tensor_parallel: int
     devices: tuple[int, ...]
-    """GPUs by number, `tensor_parallel` of them; none is the CPU."""
+    """GPUs by number among those that this process may see, `tensor_parallel` of them; none is the CPU."""
     gpu_memory_utilization: float
     """Share of each GPU that it may take."""
     log_path: Path
@@ -69,6 +69,8 @@ class VllmSpec:
     """Completions come with the experts that were chosen; on a GPU alone."""
     sleeps: bool
     """Its GPUs are the learner's too; it is put to sleep while the learner has its turn."""
+    over_nodes: bool
+    """vLLM finds `tensor_parallel` GPUs on the Ray cluster of RAY_ADDRESS, more than a node has. Has not run."""
 
 
 def preload() -> None:
@@ -101,13 +103,14 @@ class VllmEngine:
         weight_backend: Literal["cohort_file", "nccl"] = "cohort_file",
         returns_routes: bool = False,
         sleeps: bool = False,
+        over_nodes: bool = False,
     ) -> None:
         """asynchronous: AsyncLLM on a CPU too; on a GPU it always is. The other parameters are those of VllmSpec."""
         self.name = name
         self.slots = slots
         self.spec = VllmSpec(
             name, policy_path, dtype, max_model_len, slots, threads, tensor_parallel, devices, gpu_memory_utilization, log_path,
-            asynchronous or bool(devices), stall_s, weight_backend, returns_routes, sleeps,
+            asynchronous or bool(devices) or over_nodes, stall_s, weight_backend, returns_routes, sleeps, over_nodes,
         )  # fmt: skip
         self._link: _Link | None = None
 

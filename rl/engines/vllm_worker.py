@@ -57,7 +57,7 @@ from rl.engines.base import Part, Request, TensorSlot, WeightChunk
 from rl.engines.nccl import FanOut
 from rl.engines.server import Failed, Ready, Server
 from rl.engines.vllm import VllmEngine, VllmSpec
-from rl.engines.weights import Exporter, Manifest, read_chunk
+from rl.engines.weights import Exporter, Manifest, chunk_bytes, read_chunk, views_of
 from rl.replay import moe_layers, with_routes
 
 Method = TypeVar("Method")
@@ -164,6 +164,7 @@ class AsyncCore:
 
     def __init__(self, spec: VllmSpec) -> None:
         self.name = spec.name
+        self.over_nodes = spec.over_nodes
         self.routed = routed_layers(spec)
         self.requests: dict[str, Request] = {}
         self.finished: SimpleQueue[Future[RequestOutput]] = SimpleQueue()
@@ -221,7 +222,10 @@ class AsyncCore:
         self.wait(self.llm.collective_rpc("start_weight_update"))
 
     def load(self, chunk: WeightChunk) -> None:
-        self.wait(self.llm.collective_rpc("update_weights", kwargs={"update_info": asdict(chunk)}))
+        info = asdict(chunk)
+        if self.over_nodes:  # a worker on another node cannot open the file
+            info["data"] = bytes(chunk_bytes(chunk))
+        self.wait(self.llm.collective_rpc("update_weights", kwargs={"update_info": info}))
 
     def transfer(self, method: str, info: dict[str, Any]) -> None:
         self.wait(self.llm.collective_rpc(method, kwargs=info))
@@ -314,8 +318,13 @@ def engine_config(spec: VllmSpec) -> VllmConfig:
     if policy["model_type"] == "deepseek_v3":
         # transformers does not save what it takes for granted of DeepSeek-V3; vLLM then routes by another rule, without a word.
         args["hf_overrides"] = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    if spec.over_nodes:
+        args["distributed_executor_backend"] = "ray"
     if spec.devices:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, spec.devices))
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")  # a scheduler may have left this process some of the machine's
+        names = seen.split(",") if seen else list(map(str, range(max(spec.devices) + 1)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[device] for device in spec.devices)
+    if spec.devices or spec.over_nodes:
         # Sleep mode takes memory from an allocator of vLLM's own, which can give it back; it has not run on a GPU.
         return AsyncEngineArgs(
             gpu_memory_utilization=spec.gpu_memory_utilization, enable_sleep_mode=spec.sleeps, **args
@@ -366,6 +375,8 @@ class FileUpdate(WeightTransferUpdateInfo):
 
     path: str
     slots: Sequence[dict[str, Any]]
+    data: bytes | None = None
+    """The tensors' bytes, one after the other, where the file is on another machine."""
 
 
 class FileTransfer(WeightTransferEngine[FileInit, FileUpdate]):
@@ -397,10 +408,10 @@ class FileTransfer(WeightTransferEngine[FileInit, FileUpdate]):
 
     def receive_weights(self, update_info: FileUpdate) -> None:
         slots = tuple(TensorSlot(**{**slot, "shape": tuple(slot["shape"])}) for slot in update_info.slots)
-        self.model.load_weights(self.tensors(WeightChunk(update_info.path, slots)))
+        self.model.load_weights(self.tensors(WeightChunk(update_info.path, slots), update_info.data))
 
-    def tensors(self, chunk: WeightChunk) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in read_chunk(chunk):
+    def tensors(self, chunk: WeightChunk, data: bytes | None) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in read_chunk(chunk) if data is None else views_of(bytearray(data), chunk.slots):
             yield name, tensor.to(self.device)
 
     def finish_weight_update(self) -> None:

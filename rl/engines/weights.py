@@ -18,7 +18,8 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -71,6 +72,10 @@ def size_of(spec: TensorSpec) -> int:
     return prod(spec.shape) * int(getattr(torch, spec.dtype).itemsize)
 
 
+def slot_bytes(slot: TensorSlot) -> int:
+    return size_of(TensorSpec(slot.dtype, slot.shape))
+
+
 class Exporter(Protocol):
     """What a weight update needs of the learner."""
 
@@ -120,6 +125,8 @@ class WeightFile:
         """How other processes of this user and machine open it."""
         self._views = {slot.name: _view(self._map, slot, slot.offset) for slot in self.slots.values()}
         self._complete = False
+        self._missing: dict[str, None] | None = None
+        """What has not come of an update that has begun."""
 
     def write(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copies a whole model into the file, over the one before it.
@@ -127,18 +134,46 @@ class WeightFile:
         Raises WeightMismatch at a name, shape or dtype that is not in the manifest, a name that comes twice, and at the end if
         one did not come; `chunks` then has nothing to give until a write succeeds.
         """
-        self._complete = False
-        missing = dict.fromkeys(self.slots)
+        self.begin()
         for name, tensor in tensors:
-            self._check(name, tensor, missing)
-            del missing[name]
+            self._check(name, tensor)
+            self.came([self.slots[name]])
             self._views[name].copy_(tensor.detach())
-        if missing:
-            some = ", ".join(list(missing)[:3])
+        self.complete()
+
+    def begin(self) -> None:
+        """Opens an update whose tensors are written to their `room`, in any order, some perhaps twice; `complete` closes it."""
+        self._complete = False
+        self._missing = dict.fromkeys(self.slots)
+
+    def room(self, slots: Sequence[TensorSlot]) -> list[memoryview]:
+        """Where the bytes of these tensors are to be written. WeightMismatch for a name, shape or dtype that is not in the manifest."""
+        if self._missing is None:
+            raise WeightMismatch("weight update: tensors came, and none was begun")
+        for slot in slots:
+            own = self.slots.get(slot.name)
+            if own is None or (own.dtype, own.shape) != (slot.dtype, slot.shape):
+                has = f"{own.dtype} {own.shape}" if own is not None else "no tensor of this name"
+                raise WeightMismatch(f"weight update: {slot.name} came as {slot.dtype} {slot.shape}, and the policy's checkpoint has {has}")
+        whole = memoryview(self._map)
+        ranges = [(self.slots[slot.name].offset, slot_bytes(slot)) for slot in slots]
+        return [whole[offset : offset + size] for offset, size in ranges]
+
+    def came(self, slots: Sequence[TensorSlot]) -> None:
+        """Notes that the bytes of these tensors stand in their room."""
+        assert self._missing is not None, "no update was begun"
+        for slot in slots:
+            self._missing.pop(slot.name, None)
+
+    def complete(self) -> None:
+        """The update is whole, and `chunks` gives it. WeightMismatch if a tensor did not come."""
+        if self._missing:
+            some = ", ".join(list(self._missing)[:3])
             raise WeightMismatch(
-                f"weight update: {len(missing)} of {len(self.slots)} tensors did not come, first {some}; "
+                f"weight update: {len(self._missing)} of {len(self.slots)} tensors did not come, first {some}; "
                 "an engine would keep its old ones: the learner's export must cover the policy's checkpoint"
             )
+        self._missing = None
         self._complete = True
 
     @property
@@ -157,16 +192,17 @@ class WeightFile:
         """Gives the memory back; engines that still hold views keep theirs. May be called twice."""
         if self._fd >= 0:
             self._views.clear()
-            self._map.close()
+            with suppress(BufferError):  # somebody still writes what came too late: the memory goes with the last of them
+                self._map.close()
             os.close(self._fd)
             self._fd = -1
             self._complete = False
 
-    def _check(self, name: str, tensor: torch.Tensor, missing: Mapping[str, None]) -> None:
+    def _check(self, name: str, tensor: torch.Tensor) -> None:
         slot = self.slots.get(name)
         if slot is None:
             raise WeightMismatch(f"weight update: {name} is not in the policy's checkpoint; export checkpoint names, each expert apart")
-        if name not in missing:
+        if name not in (self._missing or ()):
             raise WeightMismatch(f"weight update: {name} came twice; export every tensor once")
         if tuple(tensor.shape) != slot.shape:
             raise WeightMismatch(f"weight update: {name} has shape {tuple(tensor.shape)}, the policy's checkpoint has {slot.shape}")
@@ -186,6 +222,28 @@ def read_chunk(chunk: WeightChunk) -> Iterator[tuple[str, torch.Tensor]]:
         mapped = mmap.mmap(file.fileno(), end - start, access=mmap.ACCESS_COPY, offset=start)
     for slot in chunk.slots:
         yield slot.name, _view(mapped, slot, slot.offset - start)
+
+
+def chunk_bytes(chunk: WeightChunk) -> bytearray:
+    """The bytes of a chunk's tensors, one after the other: for a machine that cannot open the file."""
+    data = bytearray(sum(map(slot_bytes, chunk.slots)))
+    room, at = memoryview(data), 0
+    with open(chunk.path, "rb") as file:
+        for slot in chunk.slots:
+            file.seek(slot.offset)
+            file.readinto(room[at : at + slot_bytes(slot)])
+            at += slot_bytes(slot)
+    return data
+
+
+def views_of(data: bytearray, slots: Sequence[TensorSlot]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors whose bytes stand there, one after the other."""
+    at = 0
+    for slot in slots:
+        # A clone begins where its type may; the bytes here may not.
+        flat = torch.frombuffer(data, dtype=torch.uint8, count=slot_bytes(slot), offset=at)
+        yield slot.name, flat.clone().view(getattr(torch, slot.dtype)).view(slot.shape)
+        at += slot_bytes(slot)
 
 
 def _view(mapped: mmap.mmap, slot: TensorSlot, offset: int) -> torch.Tensor:
