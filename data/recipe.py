@@ -76,12 +76,6 @@ def nearest(word: str, names: Sequence[str]) -> str:
     return f"; known: {', '.join(sorted(names))}" if names else ""
 
 
-def not_there_yet(value: str, later: Sequence[str]) -> None:
-    """Refuses a fixed name whose work this version does not have; for use in validators."""
-    if value in later:
-        raise ValueError(f"'{value}' is a name of the recipe format, but this version does not have it yet")
-
-
 # --- YAML -------------------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,6 @@
 """The sections of a GRPO recipe and the recipe itself. The string under a field is its help: meaning, unit, special value, source.
 
-`prompts` is defined in `data/`, `rewards` in `rewards/`; all other sections are here. Names of the recipe format whose work this
-version does not have are refused by name, never ignored.
+`prompts` is defined in `data/`, `rewards` in `rewards/`; all other sections are here.
 """
 
 import math

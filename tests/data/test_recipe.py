@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from pydantic import field_validator
 
-from data.recipe import InputError, Section, nearest, not_there_yet, parse, read_recipe, resolved_yaml
+from data.recipe import InputError, Section, nearest, parse, read_recipe, resolved_yaml
 
 
 class Part(Section):
@@ -19,13 +18,6 @@ class Learner(Section):
     steps: int = 60
     schedule: Literal["constant", "linear"] = "constant"
     betas: tuple[float, float] = (0.9, 0.999)
-    device: str = "cpu"
-
-    @field_validator("device")
-    @classmethod
-    def _device(cls, value: str) -> str:
-        not_there_yet(value, ["gpu"])
-        return value
 
 
 class Recipe(Section):
@@ -119,12 +111,6 @@ def test_a_key_that_stands_twice_is_a_mistake(read: Any) -> None:
     text = "learner:\n  lr: 1\n  steps: 2\n  lr: 3\n"
     assert mistakes(read, text) == ["r.yaml:4: learner.lr: stands twice, first in line 2"]
     assert mistakes(read, "note: a\nlearner: {}\nnote: b\n") == ["r.yaml:3: note: stands twice, first in line 1"]
-
-
-def test_a_name_whose_work_is_not_there_is_refused_as_such(read: Any) -> None:
-    (line,) = mistakes(read, "learner: {device: gpu}")
-    assert line == "r.yaml:1: learner.device: 'gpu' is a name of the recipe format, but this version does not have it yet"
-    not_there_yet("cpu", ["gpu"])
 
 
 @pytest.mark.parametrize(
