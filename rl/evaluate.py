@@ -70,7 +70,7 @@ def evaluate_policy(recipe: TrainRecipe, logs: Path) -> "list[Evaluation]":
     from rewards.scorer import Scorer
     from rl.conversation_pool import make_pool
     from rl.engines.base import Sampling
-    from rl.engines.make import check_engines, make_engines
+    from rl.engines.make import make_engines
     from rl.evaluation import evaluate
     from rl.fp8.folder import engine_policy
     from rl.policy import load_tokenizer, policy_folder
@@ -78,7 +78,6 @@ def evaluate_policy(recipe: TrainRecipe, logs: Path) -> "list[Evaluation]":
     config = recipe.eval
     torch.set_num_threads(recipe.learner.threads or min(os.cpu_count() or 1, 16))
     assert recipe.policy.path is not None
-    check_engines(recipe.rollout, recipe.policy)
     source = policy_folder(recipe.policy.path, recipe.policy.revision)
     tokenizer = load_tokenizer(source)
     (prompts,), max_model_len = read_prompt_sets(recipe, [config.prompts or recipe.prompts], tokenizer)

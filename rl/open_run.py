@@ -30,7 +30,7 @@ from rl.ahead import AheadStream, Pump
 from rl.checkpoint import check_room, full_disk_named
 from rl.config import TrainRecipe
 from rl.conversation_pool import make_pool
-from rl.engines.make import check_engines, make_engines
+from rl.engines.make import make_engines
 from rl.engines.nccl import NcclSync
 from rl.engines.vllm import preload
 from rl.engines.weights import Manifest, TensorSpec, read_manifest
@@ -80,7 +80,6 @@ def _open(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks, stack: ExitStack
     torch.set_num_threads(recipe.learner.threads or min(os.cpu_count() or 1, 16))
     assert recipe.policy.path is not None
     check_gpus(recipe.rollout, torch.cuda.device_count())
-    check_engines(recipe.rollout, recipe.policy)
     if ranks.main and recipe.rollout.engine == "vllm" and not recipe.rollout.elsewhere:
         preload()  # importing vllm takes ten seconds; it goes on beside what follows
     here = recipe.rollout.engine == "vllm" and not recipe.rollout.elsewhere

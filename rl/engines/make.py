@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from data.recipe import InputError
 from rl.config import PolicyConfig, RolloutConfig
 from rl.engines.base import Engine
 from rl.engines.hf import HfEngine
@@ -40,7 +39,7 @@ def make_engines(
 ) -> list[Engine]:
     """Engines `engine-0`, `engine-1`, … for the policy in `folder`, not started; a vLLM engine's output goes to a file in `logs`.
 
-    `folder` is what `rl.fp8.folder.engine_policy` gives; vLLM computes FP8 policies in BF16 around the codes. max_model_len: None is
+    `folder` is what `rl.fp8.folder.engine_policy` gives; on a GPU vLLM computes around codes in BF16 alone. max_model_len: None is
     the policy's context. returns_routes: completions come with the experts that were chosen. manifest: of the weight updates that
     there will be, for engines elsewhere. over_nodes: vLLM finds its GPUs on a Ray cluster. InputError if this machine has GPUs, and
     fewer than needed.
@@ -66,7 +65,7 @@ def make_engines(
                 name,
                 folder,
                 log_path=logs / f"{name}.log",
-                dtype="float32" if dtype is torch.float32 and not codes else "bfloat16",
+                dtype="float32" if dtype is torch.float32 and not (codes and (gpus or over_nodes)) else "bfloat16",
                 max_model_len=max_model_len,
                 slots=rollout.slots,
                 tensor_parallel=rollout.tensor_parallel,
@@ -124,7 +123,6 @@ def make_host(
     assert policy.path is not None
     facts = facts_of(rollout, policy, returns_routes)
     rollout = rollout.model_copy(update={"servers": [], "placement": "split", "engines": 1})
-    check_engines(rollout, policy)
     folder = engine_policy(policy, policy_folder(policy.path, policy.revision), work / "policy")
     (engine,) = make_engines(rollout, policy, folder, max_model_len, work, returns_routes=returns_routes, over_nodes=over_nodes)
     return Host(engine, facts, read_manifest(folder), max_model_len if rollout.engine == "vllm" else None)
@@ -148,16 +146,6 @@ def facts_of(rollout: RolloutConfig, policy: PolicyConfig, returns_routes: bool)
         "precision": f"{precision}, adapter merged" if policy.lora is not None else precision,
         "routes": "returned" if returns_routes else "not returned",
     }
-
-
-def check_engines(rollout: RolloutConfig, policy: PolicyConfig) -> None:
-    """InputError where engines could not compute from what the learner sends: vLLM's CPU kernels for block-FP8 weights are for AMX."""
-    codes = policy.precision == "fp8" and policy.lora is None and not rollout.elsewhere
-    if codes and rollout.engine == "vllm" and not torch.cuda.is_available() and not torch.cpu._is_amx_tile_supported():
-        raise InputError(
-            "rollout.engine: on a CPU vLLM computes from FP8 weights only with AMX (Intel Sapphire Rapids or newer), which this one has "
-            "not; use rollout.engine=hf, or policy.precision=bf16"
-        )
 
 
 def _devices(number: int, rollout: RolloutConfig, gpus: int) -> tuple[int, ...]:

@@ -1,12 +1,12 @@
-"""vLLM's side of an engine: what runs in the engine's own process. The one module of `rl` that imports vllm.
+"""vLLM's side of an engine: what runs in the engine's own process. With `vllm_codes`, the one place in `rl` that imports vllm.
 
 vLLM has two shapes here, and the loop of `rl.engines.server` does not see which. On a CPU the engine core is stepped in this
 process: a second one would import vllm once more and fight for the same cores. On a GPU AsyncLLM runs the engine core in a
 process of its own, so that the GPU does not wait for Python. AsyncLLM is tested on a CPU; nothing here has run on a GPU.
 
 Weights come through vLLM's RL API (start, update, finish) and a backend registered here, `cohort_file`, which reads the shared
-weight file; or, between GPUs, through `nccl`, vLLM's own, driven by `NcclSender`. After an update every running request is
-computed anew and the prefix cache is empty: no key of older weights is ever used again.
+weight file, on a CPU with codes as their values; or, between GPUs, through `nccl`, vLLM's own, driven by `NcclSender`. After an update
+every running request is computed anew and the prefix cache is empty: no key of older weights is ever used again.
 """
 
 import asyncio
@@ -57,7 +57,10 @@ from rl.engines.base import Part, Request, TensorSlot, WeightChunk
 from rl.engines.nccl import FanOut
 from rl.engines.server import Failed, Ready, Server
 from rl.engines.vllm import VllmEngine, VllmSpec
+from rl.engines.vllm_codes import PLAIN, VALUES
 from rl.engines.weights import Exporter, Manifest, chunk_bytes, read_chunk, views_of
+from rl.fp8.decode import Decoder
+from rl.fp8.files import is_block_fp8
 from rl.replay import moe_layers, with_routes
 
 Method = TypeVar("Method")
@@ -314,10 +317,15 @@ def engine_config(spec: VllmSpec) -> VllmConfig:
         "weight_transfer_config": WeightTransferConfig(backend=spec.weight_backend),
         "enable_return_routed_experts": spec.returns_routes,
     }
+    overrides: dict[str, Any] = {}
     policy = json.loads((spec.policy_path / "config.json").read_text())
     if policy["model_type"] == "deepseek_v3":
         # transformers does not save what it takes for granted of DeepSeek-V3; vLLM then routes by another rule, without a word.
-        args["hf_overrides"] = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+        overrides |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    if not (spec.devices or spec.over_nodes) and is_block_fp8(spec.policy_path):
+        args["load_format"] = VALUES
+        overrides |= PLAIN
+    args["hf_overrides"] = overrides
     if spec.over_nodes:
         args["distributed_executor_backend"] = "ray"
     if spec.devices:
@@ -388,6 +396,7 @@ class FileTransfer(WeightTransferEngine[FileInit, FileUpdate]):
     def __init__(self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
         self.kernels: dict[UnquantizedFusedMoEMethod, Any] = {}
+        self.decoder = Decoder(self.model_config.dtype)
         if device.type == "cpu":
             # Without it the attention kernel dies of SIGILL on a first prompt of a few tokens, where the CPU has AMX.
             torch.cpu._init_amx()
@@ -411,10 +420,15 @@ class FileTransfer(WeightTransferEngine[FileInit, FileUpdate]):
         self.model.load_weights(self.tensors(WeightChunk(update_info.path, slots), update_info.data))
 
     def tensors(self, chunk: WeightChunk, data: bytes | None) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in read_chunk(chunk) if data is None else views_of(bytearray(data), chunk.slots):
+        tensors = read_chunk(chunk) if data is None else views_of(bytearray(data), chunk.slots)
+        if self.device.type == "cpu":
+            yield from self.decoder.values(tensors)
+            return
+        for name, tensor in tensors:
             yield name, tensor.to(self.device)
 
     def finish_weight_update(self) -> None:
+        self.decoder.end()
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type != "cpu":
             torch.accelerator.synchronize()

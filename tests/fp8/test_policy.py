@@ -10,9 +10,9 @@ from made import TEMPERATURE, gradients, make_groups
 from safetensors.torch import load_file, save_file
 
 from data.recipe import InputError
-from rl.config import Fp8Config, LearnerConfig, LoraConfig, LossConfig, OptimizerConfig, PolicyConfig, RolloutConfig
-from rl.engines.make import check_engines
+from rl.config import Fp8Config, LearnerConfig, LoraConfig, LossConfig, OptimizerConfig, PolicyConfig
 from rl.fp8.convert import convert, fp8_model
+from rl.fp8.decode import Decoder
 from rl.fp8.folder import engine_policy
 from rl.fp8.layout import coded
 from rl.fp8.linear import Fp8Linear
@@ -196,13 +196,26 @@ def test_bf16_masters_are_rounded_at_random_and_the_same_again(tmp_path: Path) -
     assert ends[0] == ends[1] and ends[0] != export(fp8_model(folder, Fp8Config(), CPU))
 
 
-def test_vllm_on_a_cpu_without_amx_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    codes = PolicyConfig(path="somewhere", precision="fp8")
-    with pytest.raises(InputError, match=r"only with AMX.*rollout\.engine=hf"):
-        check_engines(RolloutConfig(engine="vllm"), codes)
-    check_engines(RolloutConfig(engine="hf"), codes)
-    check_engines(RolloutConfig(engine="vllm"), PolicyConfig(path="somewhere", precision="fp8", lora=LoraConfig()))
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    check_engines(RolloutConfig(engine="vllm"), codes)
+def test_codes_and_scales_that_arrive_apart_become_values() -> None:
+    torch.manual_seed(0)
+    held = {name: quantize(torch.randn(200, 300), SQUARE) for name in ("a.weight", "b.weight")}
+    a, b = held.values()
+    norm = torch.ones(3, dtype=torch.bfloat16)
+    decoder = Decoder(torch.bfloat16)
+    came = dict(decoder.values([("b.weight_scale_inv", b.scales), ("a.weight", a.codes), ("norm.weight", norm)]))
+    assert came == {"norm.weight": norm}
+    came = dict(decoder.values([("a.weight_scale_inv", a.scales), ("b.weight", b.codes)]))
+    decoder.end()
+    assert list(came) == ["a.weight", "b.weight"]
+    assert all(torch.equal(came[name], held[name].dequantize(torch.bfloat16)) for name in held)
+
+
+def test_codes_without_scales_are_an_error() -> None:
+    held = quantize(torch.randn(128, 256), SQUARE)
+    decoder = Decoder(torch.bfloat16)
+    list(decoder.values([("a.weight", held.codes)]))
+    with pytest.raises(ValueError, match=r"a\.weight came without its scales; send `weight` and `weight_scale_inv` in one update"):
+        decoder.end()
+    decoder.end()  # the next update begins anew
+    with pytest.raises(ValueError, match=r"a\.weight_scale_inv has shape \(2, 1\), but a\.weight in 128x128 blocks needs \(1, 2\)"):
+        list(decoder.values([("a.weight", held.codes), ("a.weight_scale_inv", held.scales.T)]))
