@@ -176,19 +176,20 @@ def persistent_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tens
 def checkpoint_views(model: torch.nn.Module, cast: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of a checkpoint as a view into the model; sharded parameters are gathered, one at a time, which is collective.
 
-    An FP8 policy's weights are their codes and scales. `cast` gives other parameters in another type, as new tensors; buffers keep theirs.
+    An FP8 policy's weights are their codes and scales; of sharded masters the codes are gathered. `cast` gives other parameters in
+    another type, as new tensors; buffers keep theirs.
     """
     codes = exported_codes(model)
     for name, tensor in persistent_tensors(model):
-        whole = tensor.detach()
-        if isinstance(whole, DTensor):
-            whole = whole.full_tensor()
         if name in codes:
-            held = codes[name].of(whole)
+            held = codes[name].of(tensor)
             for (inner, code), (_, scales) in zip(expert_views(name, held.codes), expert_views(name, held.scales), strict=True):
                 yield inner, code
                 yield inner + SCALE, scales
             continue
+        whole = tensor.detach()
+        if isinstance(whole, DTensor):
+            whole = whole.full_tensor()
         if cast is not None and isinstance(tensor, torch.nn.Parameter):
             whole = whole.to(cast)
         yield from expert_views(name, whole)

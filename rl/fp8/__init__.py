@@ -23,4 +23,5 @@ the engines and what is saved are the same codes and scales, in the layout of De
     kernels.py     the same in Triton                             convert.py     a transformers model becomes an FP8 one
     backends.py    the three by name                              layout.py      names and config of a checkpoint, as DeepSeek-V3 has them
     files.py       reads block-FP8 files                          folder.py      policy folders, from and to FP8
+    decode.py      the same, as they arrive on the wire           sharded.py     masters and codes that ranks share
 """

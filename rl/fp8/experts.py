@@ -17,6 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from rl.fp8.backends import Backend
 from rl.fp8.quantize import TILE, QTensor
+from rl.fp8.sharded import gradient_of
 from rl.fp8.weights import Codes, StraightThrough
 
 NAME = "cohort_fp8"
@@ -125,9 +126,9 @@ class _Experts(torch.autograd.Function):
         d_gate_up = d_down = None
         if ctx.needs_input_grad[2]:
             x_TD = QTensor(x_codes, x_scales, TILE).dequantize()
-            d_gate_up = backend.grouped_wgrad(da_S2I, x_TD[token_S], ends_E).to(gate_up.dtype)
+            d_gate_up = gradient_of(gate_up, backend.grouped_wgrad(da_S2I, x_TD[token_S], ends_E))
         if ctx.needs_input_grad[3]:
-            d_down = backend.grouped_wgrad(dy_TD[token_S] * weight_S1, h_SI.detach(), ends_E).to(down.dtype)
+            d_down = gradient_of(down, backend.grouped_wgrad(dy_TD[token_S] * weight_S1, h_SI.detach(), ends_E))
         d_weight_TK = torch.empty_like(weight_TK).flatten()
         d_weight_TK[order_S] = d_weight_S.to(weight_TK.dtype)
         return sent.combine(dx_SD, len(dy_TD)), d_weight_TK.view_as(weight_TK), d_gate_up, d_down, None, None

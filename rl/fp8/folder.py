@@ -27,14 +27,17 @@ def engine_policy(policy: PolicyConfig, source: Path, target: Path) -> Path:
     An engine is given codes where the learner sends codes, and else none; either way the values that the learner starts from.
     """
     if policy.precision == "fp8":
-        return _write(source, target, policy.fp8, policy.fp8.rest, merged=policy.lora is not None)
+        return rewrite(source, target, policy.fp8, policy.fp8.rest, merged=policy.lora is not None)
     if is_block_fp8(source):
-        return _write(source, target, None, policy.precision, merged=True)
+        return rewrite(source, target, None, policy.precision, merged=True)
     return source
 
 
-def _write(source: Path, target: Path, config: Fp8Config | None, rest: str, *, merged: bool) -> Path:
-    """config: what is quantised; `merged`: written as the values of its codes. Codes that `source` holds are taken as they are."""
+def rewrite(source: Path, target: Path, config: Fp8Config | None, rest: str, *, merged: bool) -> Path:
+    """Writes the policy of `source` to `target`, over what is there. Codes that `source` holds are taken as they are.
+
+    config: what is quantised, None is nothing; rest: the type of everything else; merged: write the values of the codes.
+    """
     model = _empty_model(source)
     if config is not None:
         convert(model, config.model_copy(update={"backend": "reference"}), torch.device("cpu"))

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from rl.fp8.backends import Backend
 from rl.fp8.quantize import TILE, QTensor
+from rl.fp8.sharded import gradient_of
 from rl.fp8.weights import Codes, StraightThrough
 
 
@@ -58,7 +59,7 @@ class _Linear(torch.autograd.Function):
             dx_MK = ctx.backend.product(ctx.backend.quantize(dy_MN, TILE), ctx.weight.of(master).T, dy_MN.dtype)
         if ctx.needs_input_grad[1]:
             x_MK = QTensor(codes_MK, scales, TILE).dequantize()
-            d_master = ctx.backend.wgrad(dy_MN, x_MK).to(master.dtype)
+            d_master = gradient_of(master, ctx.backend.wgrad(dy_MN, x_MK))
         return dx_MK, d_master, None, None, None, None
 
 

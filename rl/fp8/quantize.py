@@ -68,14 +68,23 @@ def quantize(x: torch.Tensor, block: tuple[int, int], *, power_of_two: bool = Fa
     Sizes need not be multiples of the block: the last block of a row or column is then smaller. Gradients do not pass.
     """
     with torch.no_grad():
-        *lead, height, width = x.shape
-        rows, cols = block
-        padded = torch.nn.functional.pad(x.float(), (0, -width % cols, 0, -height % rows))
-        blocks = padded.unflatten(-1, (-1, cols)).unflatten(-3, (-1, rows))  # [..., R/rows, rows, C/cols, cols]
+        blocks = blocks_of(x, block)
         scales = scale_of(blocks.abs().amax((-3, -1)), power_of_two)
-        codes = (blocks / scales[..., :, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
-        whole = codes.view(torch.uint8).reshape(*lead, *padded.shape[-2:])[..., :height, :width]
-        return QTensor(whole.contiguous().view(E4M3), scales, block)
+        codes = encode(blocks, scales)[..., : x.shape[-2], : x.shape[-1]]
+        return QTensor(codes.contiguous().view(E4M3), scales, block)
+
+
+def blocks_of(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """[..., R/rows, rows, C/cols, cols] in FP32, the last block of a row or column filled up with zeros."""
+    rows, cols = block
+    padded = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % cols, 0, -x.shape[-2] % rows))
+    return padded.unflatten(-1, (-1, cols)).unflatten(-3, (-1, rows))
+
+
+def encode(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Codes as bytes [..., R, C], the filling included."""
+    codes = (blocks / scales[..., :, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+    return codes.view(torch.uint8).flatten(-2).flatten(-3, -2)
 
 
 def scale_of(amax: torch.Tensor, power_of_two: bool) -> torch.Tensor:

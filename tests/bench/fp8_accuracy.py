@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--arms", default="fp32,fp8", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--out", type=Path, default=Path("outputs/fp8_accuracy"))
     parser.add_argument("overrides", nargs="*", help="further overrides of every run, such as learner.steps=20")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     seeds, arms = [int(seed) for seed in given.seeds.split(",")], given.arms.split(",")
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:

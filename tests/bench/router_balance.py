@@ -1,6 +1,6 @@
 """From a collapsed router to balance: max violation step by step, with the correction bias and without it, in one picture.
 
-    PYTHONPATH=tests python -m bench.router_balance [--steps 100] [--out docs/router_balance.png]
+    PYTHONPATH=tests python -m bench.router_balance [--steps 100] [--prompts 16] [--out docs/router_balance.png]
 
 The policy is tests/policies.py's tiny DeepSeek-V3 (8 experts in 2 groups, 2 a token) whose gates were bent so that expert 0 has nearly
 every token. The learner takes GRPO steps on random completions with random rewards; nothing in them asks for balance. Prints the
@@ -28,8 +28,8 @@ LOGIT = 6.0
 """Of expert 0, for every token; its score is then 0.998."""
 
 
-def groups_of(step: int) -> list[Group]:
-    rewards = np.random.default_rng(1000 + step).integers(0, 2, (4, 4)).tolist()
+def groups_of(step: int, count: int) -> list[Group]:
+    rewards = np.random.default_rng(1000 + step).integers(0, 2, (count, 4)).tolist()
     return make_groups(rewards, seed=step, prompt_tokens=8)
 
 
@@ -57,11 +57,11 @@ def step_of(learner: Learner, groups: list[Group]) -> dict[str, float]:
     return learner.router.numbers()
 
 
-def curve(folder: Path, *, bias_step: float, steps: int) -> list[float]:
-    """Max violation of each step."""
+def curve(folder: Path, *, bias_step: float, steps: int, prompts: int = 4) -> list[float]:
+    """Max violation of each step; the fewer prompts in one, the more of it is chance."""
     policy = collapsed_policy(folder)
     learner = make_learner(policy, LossConfig(), dtype=torch.float32, lr=1e-4, router=RouterConfig(bias_step=bias_step))
-    return [step_of(learner, groups_of(step))["moe/max_violation"] for step in range(steps)]
+    return [step_of(learner, groups_of(step, prompts))["moe/max_violation"] for step in range(steps)]
 
 
 def draw(curves: dict[str, list[float]], out: Path) -> None:
@@ -85,6 +85,7 @@ def draw(curves: dict[str, list[float]], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--prompts", type=int, default=16, help="a step, with 4 completions each")
     parser.add_argument("--bias-step", type=float, default=0.01)
     parser.add_argument("--out", type=Path, default=Path("docs/router_balance.png"))
     arguments = parser.parse_args()
@@ -92,11 +93,15 @@ def main() -> None:
     curves = {}
     for label, step in (("without the bias", 0.0), (f"with the bias, {arguments.bias_step:g} a step", arguments.bias_step)):
         with tempfile.TemporaryDirectory() as folder:
-            curves[label] = curve(Path(folder), bias_step=step, steps=arguments.steps)
+            curves[label] = curve(Path(folder), bias_step=step, steps=arguments.steps, prompts=arguments.prompts)
     print(json.dumps({label: [round(v, 3) for v in violations] for label, violations in curves.items()}))
     for label, violations in curves.items():
         below = next((n + 1 for n, v in enumerate(violations) if v < 1.0), None)
-        print(f"{label}: {violations[0]:.2f} at step 1, {violations[-1]:.2f} at step {len(violations)}; first below 1.0: step {below}")
+        last = violations[-20:]
+        print(
+            f"{label}: {violations[0]:.2f} at step 1, first below 1.0: step {below}; in the last {len(last)} of {len(violations)} steps "
+            f"{min(last):.2f} to {max(last):.2f}, mean {sum(last) / len(last):.2f}"
+        )
     draw(curves, arguments.out)
 
 
