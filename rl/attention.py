@@ -12,6 +12,9 @@ So all completions of a group meet their prompt in one product without a mask, a
 backward needs no more: given `out` and `l` of the whole softmax, the gradient of attention is a sum over keys, and each of these
 products yields its share (Dao 2023, arXiv:2307.08691, algorithm 2). The kernel of both is torch's flash attention.
 
+On a CPU the core runs in FP32 whatever the type of the model, and so does that of `CACHED`, an engine's attention over its cache: in BF16
+these two kernels round differently, and FP8 projections behind them make another code of each such difference.
+
 On a GPU it is FlexAttention with the mask that `sees` states; which blocks of it are empty or full is counted from the bounds of the
 segments. That path has not run on a GPU; tests compare it on CPU tensors.
 
@@ -27,11 +30,15 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from rl.batch import TrainBatch
 
 NAME = "cohort"
+CACHED = "cohort_cached"
+"""transformers' sdpa, on a CPU in FP32."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -156,9 +163,25 @@ def segment_attention(
     if cohort.mask is not None:
         return on_gpu(query, key, value, scaling, cohort.mask, _compiled()), None
     # The CPU kernel wants values as wide as keys; MLA's are narrower, and columns of zeros stay zeros.
-    width = value.shape[-1]
-    out = _CpuAttention.apply(query, key, pad(value, (0, query.shape[-1] - width)), cohort.families, scaling)
-    return out[..., :width], None
+    width, kind = value.shape[-1], query.dtype
+    q, k, v = (x.to(torch.promote_types(kind, torch.float32)) for x in (query, key, value))
+    out = _CpuAttention.apply(q, k, pad(v, (0, q.shape[-1] - width)), cohort.families, scaling)
+    return out[..., :width].to(kind), None
+
+
+def cached_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **settings: Any,
+) -> tuple[torch.Tensor, None]:
+    """As transformers calls any attention; the mask is bool or none."""
+    kind = query.dtype
+    if query.device.type == "cpu" and kind is torch.bfloat16:
+        query, key, value = query.float(), key.float(), value.float()
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)[0].to(kind), None
 
 
 def on_gpu(
@@ -241,3 +264,5 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 AttentionInterface.register(NAME, segment_attention)
+AttentionInterface.register(CACHED, cached_attention)
+AttentionMaskInterface.register(CACHED, sdpa_mask)

@@ -231,10 +231,12 @@ def _passing(recipe: TrainRecipe, sizes: Sizes, shards: int, max_model_len: int,
     parts = []
     if shards > 1:
         layer = sizes.layer - sizes.expert_layer + sizes.expert_layer / expert_parallel
-        # Codes are made of FP32 masters, after those are gathered.
-        wide, said = (4, "4 bytes") if recipe.policy.precision == "fp8" else (b, "b")
-        formula = f"b x 2 x embedding and head + {said} x 3 x layer: this, the next one, one gradient"
-        parts.append(Part("gathered", b * 2 * sizes.root + wide * 3 * layer, formula))
+        if recipe.policy.precision == "fp8":
+            formula = "b x 2 x embedding and head + 5 bytes x layer: codes, and a gradient in FP32"
+            parts.append(Part("gathered", b * 2 * sizes.root + 5 * layer, formula))
+        else:
+            formula = "b x 2 x embedding and head + b x 3 x layer: this, the next one, one gradient"
+            parts.append(Part("gathered", b * 2 * sizes.root + b * 3 * layer, formula))
     checkpointing = recipe.policy.activation_checkpointing
     if checkpointing:
         parts.append(Part("layer inputs", stream * tokens * sizes.hidden * sizes.layers, f"{stream} bytes x T x D x L, T = {tokens:,}"))
@@ -302,6 +304,9 @@ def _ram(recipe: TrainRecipe, sizes: Sizes, machine: Machine, learner: list[Part
     parts = [Part(p.name, ranks * p.bytes, p.formula + (f" x {ranks} ranks" if ranks > 1 else "")) for p in learner]
     engines = [] if rollout.servers else _hf_engines(recipe, sizes, max_model_len)
     if engines and rollout.engine == "vllm":
+        w = ELEMENT_BYTES[recipe.policy.precision]  # on a CPU an engine decodes what it is sent
+        formula = f"{w} bytes x {sizes.total / 1e9:.3f}e9 parameters x {rollout.engines}"
+        engines[0] = Part("engines: weights", w * sizes.total * rollout.engines, formula)
         slot = b * sizes.kv_token * (_blocks(max_model_len, VLLM_BLOCK["cpu"]) + VLLM_BLOCK["cpu"])
         cache = max(min(rollout.slots * slot, CPU_KV_MAX_BYTES), 2 * slot)
         formula = f"{rollout.slots} slots x {slot:,} bytes at full length, at most 4 GiB, x {rollout.engines}"

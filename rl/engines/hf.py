@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.values import Completion
+from rl import attention
 from rl.config import Fp8Config
 from rl.engines.base import Died, EngineDead, Finished, Health, Mailbox, Part, Pulse, PULSE_s, Request, Sampling, WeightChunk
 from rl.engines.weights import read_chunk
@@ -95,8 +96,8 @@ class HfEngine:
 
     def _load(self) -> PreTrainedModel:
         if self.fp8 is None:
-            return load_model(self.path, self.dtype, attention_name="sdpa")
-        return fp8_model(Path(self.path), self.fp8, self.device, masters="none", attention_name="sdpa")
+            return load_model(self.path, self.dtype, attention_name=attention.CACHED)
+        return fp8_model(Path(self.path), self.fp8, self.device, masters="none", attention_name=attention.CACHED)
 
     def submit(self, requests: Sequence[Request]) -> None:
         life = self._alive()
