@@ -42,7 +42,7 @@ class Fp8Config(Section):
 
     backend: Literal["reference", "torch", "triton"] = "reference"
     """Who computes the products. reference: runs anywhere, and is what the others are held against; torch: `scaled_mm` on Hopper; triton:
-    kernels of our own. None but the reference has run on a GPU yet. One that cannot run here is an error."""
+    kernels of our own. These two have not run on a GPU yet. One that cannot run here is an error."""
     keep: list[str] = ["lm_head", "gate", "eh_proj"]
     """Modules that stay in high precision, by the ends of their names; embedding, norms and routers always do."""
     rest: Literal["bf16", "fp32"] = "bf16"

@@ -41,9 +41,9 @@ class Codes:
         self.held, self.fixed = held, True
         return held
 
-    def share(self, master: DTensor) -> None:
+    def share(self, master: torch.Tensor) -> None:
         """From now on ranks share the master."""
-        assert not self.fixed, "fixed codes have no master to share"
+        assert isinstance(master, DTensor) and not self.fixed, "fixed codes have no master to share"
         if self.held is not None:
             self.held = part_of(self.held, master)
         self._version = None

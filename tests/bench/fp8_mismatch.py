@@ -117,8 +117,8 @@ def main() -> None:
                     mean, half = mean_of(sums_P2)
                     base = base or mean
                     print(
-                        f"{engine} engine in {kind}, learner {name}: {mean:.5f} ± {half:.5f} ({int(sums_P2[:, 1].sum()):,} tokens), "
-                        f"{mean / base:.2f} of bf16",
+                        f"{engine} engine in {kind}, learner {name}: {mean:.2e} ± {half:.1e} ({int(sums_P2[:, 1].sum()):,} tokens), "
+                        f"{mean / base:.3f} of bf16",
                         flush=True,
                     )
 
