@@ -84,7 +84,8 @@ def evaluate_policy(recipe: TrainRecipe, logs: Path) -> "list[Evaluation]":
     passes = [(config.samples, config.temperature)]
     if config.greedy and config.temperature > 0.0:
         passes.append((1, 0.0))
-    engines = make_engines(recipe.rollout, recipe.policy, engine_policy(recipe.policy, source, logs / "policy"), max_model_len, logs)
+    folder = engine_policy(recipe.policy, source, logs / "policy")
+    engines = make_engines(recipe.rollout, recipe.policy, folder, max_model_len, logs, say=_say)
     found = []
     with Scorer(recipe.rewards, log_dir=logs) as scorer, make_pool(recipe.rollout, engines, tokenizer, _say) as pool:
         for samples, temperature in passes:

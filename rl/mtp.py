@@ -50,9 +50,13 @@ class MtpLayer(DeepseekV3DecoderLayer):
         self.eh_proj = nn.Linear(2 * width, width, bias=False)
         self.shared_head = nn.ModuleDict({"norm": DeepseekV3RMSNorm(width, eps=eps)})
 
-    def combine(self, embedded_RD: torch.Tensor, hidden_RD: torch.Tensor) -> torch.Tensor:
-        """Eq. 21."""
-        return self.eh_proj(torch.cat([self.enorm(embedded_RD), self.hnorm(hidden_RD)], dim=-1))
+    def forward(self, embedded: torch.Tensor, hidden: torch.Tensor, **attention: Any) -> torch.Tensor:
+        """What the output head reads, from embeddings and hidden states [..., R, D]; `attention` is what a decoder layer takes.
+
+        All of it is one call of this module: a sharded one gathers its weights for the call.
+        """
+        combined = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1)).to(hidden.dtype)  # eq. 21
+        return self.shared_head["norm"](super().forward(combined, **attention))
 
 
 def mtp_layer(model: PreTrainedModel) -> MtpLayer | None:
@@ -118,8 +122,9 @@ def _tensors(folder: Path, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
 # --- forward ----------------------------------------------------------------------------------------------------------
 
 
-def mtp_rows(batch: TrainBatch) -> tuple[TrainBatch, torch.Tensor]:
-    """The module's batch, without the first row of every prompt, and int64 [R], the trunk's row that each of its rows reads.
+def mtp_rows(batch: TrainBatch) -> tuple[TrainBatch, torch.Tensor, torch.Tensor]:
+    """The module's batch, without the first row of every prompt; and of each of its rows, int64 [R], the trunk's row of the same token
+    and of the token before.
 
     Its predicted tokens are those of `batch`, in the same order; its positions are those of the rows it reads, as in inference.
     Raises ValueError for a prompt of one token.
@@ -143,24 +148,24 @@ def mtp_rows(batch: TrainBatch) -> tuple[TrainBatch, torch.Tensor]:
         batch, tokens_T=batch.tokens_T[keep_T], position_T=(batch.position_T[keep_T] - 1).clamp(min=0), segment_T=batch.segment_T[keep_T],
         count_T=batch.count_T[keep_T], bounds_S=bounds, source_N=place_T[batch.source_N],
     )  # fmt: skip
-    return rows, before_T[keep_T]
+    return rows, keep_T.nonzero().flatten(), before_T[keep_T]
 
 
-def mtp_hidden(model: PreTrainedModel, hidden_TD: torch.Tensor, batch: TrainBatch, detach: bool) -> torch.Tensor:
+def mtp_hidden(model: PreTrainedModel, embedded_TD: torch.Tensor, hidden_TD: torch.Tensor, batch: TrainBatch, detach: bool) -> torch.Tensor:
     """[N, D]: what the output head reads to predict each of the batch's tokens once more, a token further ahead.
 
-    hidden_TD is the trunk's last hidden state. `detach`: the trunk and the embedding get no gradient of it.
+    embedded_TD and hidden_TD are the trunk's embeddings and its last hidden state. `detach`: neither gets a gradient of it.
     """
     layer, decoder = mtp_layer(model), model.get_decoder()
     assert layer is not None, "the policy has no multi-token prediction module"
-    rows, before_R = mtp_rows(batch)
-    embedded_RD = decoder.embed_tokens(rows.tokens_T)
     if detach:
-        hidden_TD, embedded_RD = hidden_TD.detach(), embedded_RD.detach()
-    x = layer.combine(embedded_RD, hidden_TD[before_R]).to(hidden_TD.dtype)[None]
+        hidden_TD, embedded_TD = hidden_TD.detach(), embedded_TD.detach()
+    rows, own_R, before_R = mtp_rows(batch)
     position = rows.position_T[None]
-    out = layer(x, position_ids=position, position_embeddings=decoder.rotary_emb(x, position), cohort=layout_of(rows))
-    return layer.shared_head["norm"](out[0][rows.source_N])
+    rotary = decoder.rotary_emb(hidden_TD, position)
+    cohort = layout_of(rows)
+    out = layer(embedded_TD[own_R][None], hidden_TD[before_R][None], position_ids=position, position_embeddings=rotary, cohort=cohort)
+    return out[0][rows.source_N]
 
 
 def acceptance(head: nn.Module, hidden_ND: torch.Tensor, ahead_ND: torch.Tensor, temperature: float, rows: int = 256) -> float:
@@ -198,13 +203,22 @@ class MtpLoss:
             )
         if layer is not None:
             layer.requires_grad_(self.on)
+        self._embedded_TD: torch.Tensor | None = None
+        """Of the trunk's last pass: a sharded embedding is there within that pass alone."""
+        if self.on:
+            model.get_input_embeddings().register_forward_hook(self._keep_embedded)
+
+    def _keep_embedded(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        self._embedded_TD = output[0]
 
     def __call__(self, batch: TrainBatch, hidden_TD: torch.Tensor, head: Any) -> torch.Tensor | float:
-        """A pass's share of the loss; `head` is the trunk's output head. Adds to the step's numbers."""
+        """A pass's share of the loss, after the trunk's pass; `head` is the trunk's output head. Adds to the step's numbers."""
         if not self.on:
             return 0.0
         detach = self.config.detach
-        ahead_ND = mtp_hidden(self.model, hidden_TD, batch, detach)
+        assert self._embedded_TD is not None
+        ahead_ND = mtp_hidden(self.model, self._embedded_TD, hidden_TD, batch, detach)
+        self._embedded_TD = None
         if detach:
             weight_VD = head.weight.detach()
             head = lambda x: nn.functional.linear(x.to(weight_VD.dtype), weight_VD)  # noqa: E731

@@ -282,7 +282,7 @@ def _open_rollouts(run: Run, source: Path, manifest: Manifest, prompts: PromptSe
     run.scorer = stack.enter_context(Scorer(recipe.rewards, log_dir=folder / "logs"))
     engines = make_engines(
         recipe.rollout, recipe.policy, source, max_model_len, folder / "logs",
-        returns_routes=recipe.loss.replay == "rollout", manifest=manifest,
+        returns_routes=recipe.loss.replay == "rollout", manifest=manifest, say=run.display.say,
     )  # fmt: skip
     run.pool = stack.enter_context(make_pool(recipe.rollout, engines, run.tokenizer, run.display.say))
     parts = (PromptStream(prompts.prompts, recipe.run.seed), run.pool, run.scorer, run.journal, run.tokenizer, recipe.rollout)

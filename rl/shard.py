@@ -10,7 +10,7 @@ and a collective in each would wait for ranks that have none.
 """
 
 import os
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -78,10 +78,20 @@ def _share_masters(model: PreTrainedModel, mesh: DeviceMesh) -> set[torch.nn.Par
     return masters
 
 
-def output_head(model: PreTrainedModel, compute: torch.dtype | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The output head as a function of hidden states; a sharded one is gathered now, in `compute`, and its gradient summed over ranks."""
+@dataclass(frozen=True)
+class GatheredHead:
+    """A sharded output head in one piece, for one pass."""
+
+    weight: torch.Tensor
+    """[V, D]."""
+
+    def __call__(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(hidden_ND.to(self.weight.dtype), self.weight)
+
+
+def output_head(model: PreTrainedModel, compute: torch.dtype | None = None) -> Any:
+    """The output head, a function of hidden states; a sharded one is gathered now, in `compute`, and its gradient summed over ranks."""
     head = model.get_output_embeddings()
     if not isinstance(head.weight, DTensor):
         return head
-    weight_VD = head.weight.full_tensor(grad_placements=[Partial()]).to(compute)
-    return lambda hidden_ND: torch.nn.functional.linear(hidden_ND.to(weight_VD.dtype), weight_VD)
+    return GatheredHead(head.weight.full_tensor(grad_placements=[Partial()]).to(compute))

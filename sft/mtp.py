@@ -14,12 +14,14 @@ from transformers import PreTrainedModel, Trainer
 from transformers.masking_utils import create_causal_mask
 
 from rl.logp import logp_and_entropy
-from rl.mtp import mtp_layer
+from rl.mtp import acceptance, mtp_layer
 from sft.tokens import IGNORED
 
 
-def mtp_loss(model: PreTrainedModel, hidden_BTD: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-    """The sum of -log p over the learned tokens of a batch; `inputs` are the trunk's, packed or padded, with `labels`.
+def mtp_loss(model: PreTrainedModel, hidden_BTD: torch.Tensor, inputs: dict[str, Any]) -> tuple[torch.Tensor, float]:
+    """The sum of -log p over the learned tokens of a batch, and how often the trunk would accept the module's draft of one.
+
+    `inputs` are the trunk's, packed or padded, with `labels`.
 
     A row's first learned token is left out where only one token stands before it: the module reads two.
     """
@@ -33,17 +35,19 @@ def mtp_loss(model: PreTrainedModel, hidden_BTD: torch.Tensor, inputs: dict[str,
     keep_T = ~(position_BT == 0).all(0)
     position_BR = position_BT[:, keep_T] - 1
     assert bool((position_BR >= 0).all()), "rows that begin at different places in a batch of several sequences"
-    x_BRD = layer.combine(decoder.embed_tokens(ids_BT[:, keep_T]), hidden_BTD[:, keep_T.nonzero().flatten() - 1])
+    embedded_BRD, before_BRD = decoder.embed_tokens(ids_BT[:, keep_T]), hidden_BTD[:, keep_T.nonzero().flatten() - 1]
     mask = create_causal_mask(
-        config=model.config, inputs_embeds=x_BRD, attention_mask=None if mask_BT is None else mask_BT[:, keep_T],
+        config=model.config, inputs_embeds=embedded_BRD, attention_mask=None if mask_BT is None else mask_BT[:, keep_T],
         past_key_values=None, position_ids=position_BR,
     )  # fmt: skip
-    out_BRD = layer(x_BRD, attention_mask=mask, position_ids=position_BR, position_embeddings=decoder.rotary_emb(x_BRD, position_BR))
+    rotary = decoder.rotary_emb(embedded_BRD, position_BR)
+    out_BRD = layer(embedded_BRD, before_BRD, attention_mask=mask, position_ids=position_BR, position_embeddings=rotary)
     target_BR = pad(labels_BT, (0, 1), value=IGNORED)[:, 1:][:, keep_T]
     learned = target_BR != IGNORED
     head = model.get_output_embeddings()
-    logp_N, _ = logp_and_entropy(head, layer.shared_head["norm"](out_BRD[learned]), target_BR[learned], 1.0, model.config.vocab_size)
-    return -logp_N.sum()
+    ahead_ND = out_BRD[learned]
+    logp_N, _ = logp_and_entropy(head, ahead_ND, target_BR[learned], 1.0, model.config.vocab_size)
+    return -logp_N.sum(), acceptance(head, hidden_BTD.detach()[:, keep_T][learned], ahead_ND.detach(), 1.0)
 
 
 class WithMtp(Trainer):
@@ -62,8 +66,11 @@ class WithMtp(Trainer):
         finally:
             hook.remove()
         tokens = num_items_in_batch if num_items_in_batch is not None else int((read["labels"][:, 1:] != IGNORED).sum())
-        own = mtp_loss(policy, kept[0], read) / tokens
-        self._metrics["train" if self.model.training else "eval"]["mtp_loss"].append(float(own.detach()))
+        total, accepted = mtp_loss(policy, kept[0], read)
+        own = total / tokens
+        numbers = self._metrics["train" if self.model.training else "eval"]
+        numbers["mtp_loss"].append(float(own.detach()))
+        numbers["mtp_acceptance"].append(accepted)
         if return_outputs:
             return result[0] + self.mtp_weight * own, result[1]
         return result + self.mtp_weight * own

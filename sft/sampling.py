@@ -51,8 +51,9 @@ class _Begun:
 class _Work:
     """An expert whose groups are being made."""
 
-    def __init__(self, expert: Expert, logs: Path):
+    def __init__(self, expert: Expert, logs: Path, say: Callable[[str], None]):
         self.expert = expert
+        self.say = say
         self.logs = logs / expert.name
         self.jobs: Iterator[Job] = expert.jobs()
         self.exhausted = False
@@ -68,7 +69,7 @@ class _Work:
         if self.pool is None:
             began = time.perf_counter()
             recipe = self.expert.recipe
-            made = make_engines(recipe.rollout, recipe.policy, self.expert.folder, self.expert.max_model_len, self.logs)
+            made = make_engines(recipe.rollout, recipe.policy, self.expert.folder, self.expert.max_model_len, self.logs, say=self.say)
             self.pool = RolloutPool(made).__enter__()
             self.spent.loading_s = time.perf_counter() - began
         return self.pool
@@ -117,7 +118,7 @@ class Sampler:
                 if asked_to_end():
                     return False
                 while waiting and len(active) < at_once:
-                    active.append(_Work(waiting.popleft(), self.logs))
+                    active.append(_Work(waiting.popleft(), self.logs, self.say))
                 for work in list(active):
                     self._turn(work)
                     if work.exhausted and not work.open:

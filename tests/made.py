@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import policies
 import torch
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -14,12 +15,22 @@ from rl.advantage import group_advantage
 from rl.config import AdvantageConfig, LearnerConfig, LossConfig
 from rl.learner import Learner
 from rl.mixed import residual_in_fp32
-from rl.policy import load_model
+from rl.mtp import attach
+from rl.policy import checkpoint_views, load_model, load_tokenizer, save_policy
 from rl.ranks import Ranks
 from rl.replay import with_routes
 
 MAX_TOKENS = 12
 TEMPERATURE = 0.7
+
+
+def deepseek_v3_with_module(path: Path, *, seed: int, dtype: torch.dtype = torch.float32, **config: object) -> Path:
+    """A tiny DeepSeek-V3 with a multi-token prediction module; `<path>-trunk` is the same without. Returns `path`."""
+    trunk = policies.tiny_deepseek_v3(path.with_name(f"{path.name}-trunk"), seed=seed, dtype=dtype, **config)  # type: ignore[arg-type]
+    model = load_model(trunk, dtype)
+    attach(model, seed=seed + 3)
+    save_policy(path, checkpoint_views(model), model, load_tokenizer(trunk))
+    return path
 
 
 class NoFloat32(TorchFunctionMode):
@@ -160,7 +171,7 @@ def step_numbers(learner: Learner, groups: list[Group]) -> dict[str, torch.Tenso
     """What a whole step says of itself, its routers and the mismatch, and the load that it counted."""
     for batches in learner.batches(groups, group_advantage(groups, AdvantageConfig())):
         learner.step(batches)
-    numbers = learner.watch.collect(with_kl=False) | learner.replay.collect() | learner.router.numbers()
+    numbers = learner.watch.collect(with_kl=False) | learner.replay.collect() | learner.router.numbers() | learner.mtp_loss.collect()
     assert learner.router.load_LE is not None
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()} | {"load": learner.router.load_LE}
 

@@ -1,7 +1,7 @@
 """Tiny random policies for tests, saved as transformers saves any policy: configuration, safetensors, tokenizer.
 
 They are as small as the kernels allow: widths are multiples of 128 (block FP8 needs it), head size 32, and what DeepSeek-V3 needs
-on vLLM's CPU backend (`kv_lora_rank` 512 with 64 rotary dimensions, a yarn rope). The standard deviation of the weights is large,
+on vLLM's CPU backend (`kv_lora_rank` 512 with 64 rotary dimensions). The standard deviation of the weights is large,
 so that log-probs differ between tokens and experts and a wrong expert shows.
 """
 
@@ -22,6 +22,17 @@ from transformers import (
 
 SPECIAL = ("<pad>", "<eos>")
 PAD, EOS = 0, 1
+YARN: dict[str, object] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 2.0,
+    "original_max_position_embeddings": 256,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+"""As the real DeepSeek-V3 has it."""
 
 
 def character_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
@@ -76,7 +87,15 @@ def tiny_qwen3(path: Path, *, seed: int, vocab_size: int = 64, layers: int = 2, 
     return _save(Qwen3ForCausalLM, config, path, seed, dtype)
 
 
-def tiny_deepseek_v3(path: Path, *, seed: int, vocab_size: int = 64, layers: int = 2, dtype: torch.dtype = torch.float32) -> Path:
+def tiny_deepseek_v3(
+    path: Path,
+    *,
+    seed: int,
+    vocab_size: int = 64,
+    layers: int = 2,
+    dtype: torch.dtype = torch.float32,
+    rope_parameters: dict[str, object] = YARN,
+) -> Path:
     """DeepSeek-V3: one dense layer, then MoE layers of 8 experts in 2 groups, 2 a token, one shared expert. Returns `path`."""
     config = DeepseekV3Config(
         vocab_size=vocab_size,
@@ -98,17 +117,7 @@ def tiny_deepseek_v3(path: Path, *, seed: int, vocab_size: int = 64, layers: int
         qk_rope_head_dim=64,
         v_head_dim=128,
         max_position_embeddings=512,
-        # vLLM's CPU rope is wrong for MLA with plain rope and eager execution; yarn, as the real model has, is right.
-        rope_parameters={
-            "rope_type": "yarn",
-            "rope_theta": 10000.0,
-            "factor": 2.0,
-            "original_max_position_embeddings": 256,
-            "beta_fast": 32,
-            "beta_slow": 1,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-        },
+        rope_parameters=rope_parameters,
         tie_word_embeddings=False,
         initializer_range=0.1,
         pad_token_id=PAD,

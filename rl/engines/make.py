@@ -1,10 +1,11 @@
 """The engines that a recipe asks for, on this machine or elsewhere; and the host of one that is lent to other machines."""
 
 import hashlib
+import json
 import os
 import secrets
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from rl.engines.hf import HfEngine
 from rl.engines.host import Host
 from rl.engines.http_client import HttpTransport
 from rl.engines.remote import Fleet, RemoteEngine, Transport
+from rl.engines.repairs import cpu_repairs
 from rl.engines.vllm import VllmEngine
 from rl.engines.weights import TensorSpec, read_manifest
 from rl.engines.wire import Hello
@@ -36,13 +38,14 @@ def make_engines(
     returns_routes: bool = False,
     manifest: Mapping[str, TensorSpec] | None = None,
     over_nodes: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[Engine]:
     """Engines `engine-0`, `engine-1`, … for the policy in `folder`, not started; a vLLM engine's output goes to a file in `logs`.
 
     `folder` is what `rl.fp8.folder.engine_policy` gives; on a GPU vLLM computes around codes in BF16 alone. max_model_len: None is
     the policy's context. returns_routes: completions come with the experts that were chosen. manifest: of the weight updates that
-    there will be, for engines elsewhere. over_nodes: vLLM finds its GPUs on a Ray cluster. InputError if this machine has GPUs, and
-    fewer than needed.
+    there will be, for engines elsewhere. over_nodes: vLLM finds its GPUs on a Ray cluster. say: told what of vLLM's settings had to be
+    repaired, a line each. InputError if this machine has GPUs, and fewer than needed.
     """
     if rollout.elsewhere:
         assert max_model_len is not None
@@ -52,6 +55,10 @@ def make_engines(
     gpus = torch.cuda.device_count()
     if not over_nodes:
         check_gpus(rollout, gpus)
+    if rollout.engine == "vllm" and not gpus and not over_nodes:
+        for repair in cpu_repairs(json.loads((folder / "config.json").read_text())):
+            if repair.says:
+                say(repair.says)
     engines: list[Engine] = []
     for number in range(rollout.engines):
         name = f"engine-{number}"

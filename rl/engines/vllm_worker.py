@@ -55,6 +55,7 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from data.values import Completion
 from rl.engines.base import Part, Request, TensorSlot, WeightChunk
 from rl.engines.nccl import FanOut
+from rl.engines.repairs import cpu_repairs
 from rl.engines.server import Failed, Ready, Server
 from rl.engines.vllm import VllmEngine, VllmSpec
 from rl.engines.vllm_codes import PLAIN, VALUES
@@ -348,10 +349,8 @@ def engine_config(spec: VllmSpec) -> VllmConfig:
     for architecture in policy["architectures"]:
         # vLLM looks at a model class in a subprocess, which imports vllm again, to keep CUDA out of this one.
         ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
-    if "kv_lora_rank" in policy:  # MLA
-        args["attention_config"] = {"backend": "CPU_MLA"}  # AMX_MLA cannot be updated, and requantises kv_b_proj
-        # vLLM's C kernel reads MLA's strided queries as if they were dense, and rotates the wrong rows.
-        args["compilation_config"] = {"custom_ops": ["all", "-rotary_embedding"]}
+    for repair in cpu_repairs(policy):
+        args |= repair.settings
     # In chunks vLLM samples after each and winds the seeded generator back, which one of a CPU refuses: "does not use offset".
     config = AsyncEngineArgs(enforce_eager=True, enable_chunked_prefill=False, **args).create_engine_config(OFFLINE)
     config.cache_config.kv_cache_memory_bytes = kv_cache_bytes(config)

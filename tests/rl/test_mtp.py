@@ -7,9 +7,20 @@ import numpy as np
 import policies
 import pytest
 import torch
-from made import MAX_TOKENS, TEMPERATURE, NoFloat32, distance, make_groups, make_learner, reference_model
+from made import (
+    MAX_TOKENS,
+    TEMPERATURE,
+    NoFloat32,
+    deepseek_v3_with_module,
+    distance,
+    gradients,
+    make_groups,
+    make_learner,
+    reference_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer
 
 from data.recipe import InputError
 from data.values import Group
@@ -20,7 +31,7 @@ from rl.config import AdvantageConfig, LossConfig, MtpConfig, PolicyConfig
 from rl.fp8.folder import engine_policy
 from rl.learner import Learner
 from rl.logp import logp_and_entropy
-from rl.mtp import MtpLayer, MtpLoss, acceptance, attach, load_mtp, mtp_hidden, mtp_layer
+from rl.mtp import MtpLayer, MtpLoss, acceptance, load_mtp, mtp_hidden, mtp_layer
 from rl.policy import checkpoint_specs, checkpoint_views, load_model, save_policy
 from rl.shard import output_head
 
@@ -36,12 +47,7 @@ def no_float32() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny DeepSeek-V3 with a module, in the published layout."""
-    plain = policies.tiny_deepseek_v3(tmp_path_factory.mktemp("policy") / "plain", seed=0)
-    model = load_model(plain, torch.float32)
-    attach(model, seed=3)
-    folder = plain.parent / "published"
-    save_policy(folder, checkpoint_views(model), model, AutoTokenizer.from_pretrained(plain))
-    return folder
+    return deepseek_v3_with_module(tmp_path_factory.mktemp("policy") / "published", seed=0)
 
 
 def batch_of(groups: list[Group], share_prompt: bool = True) -> TrainBatch:
@@ -54,7 +60,7 @@ def packed_loss(model: PreTrainedModel, batch: TrainBatch, detach: bool) -> torc
     hidden = model.get_decoder()(
         input_ids=batch.tokens_T[None], position_ids=batch.position_T[None], use_cache=False, cohort=layout_of(batch)
     ).last_hidden_state[0]
-    ahead = mtp_hidden(model, hidden, batch, detach)
+    ahead = mtp_hidden(model, model.get_input_embeddings()(batch.tokens_T), hidden, batch, detach)
     head = output_head(model)
     return -logp_and_entropy(head, ahead, batch.target_N, TEMPERATURE, model.config.vocab_size)[0].sum()
 
@@ -76,7 +82,8 @@ def plain_loss(published: Path, groups: list[Group], detach: bool) -> tuple[torc
             x = layer.eh_proj(torch.cat([layer.enorm(embedded[:, 1:]), layer.hnorm(hidden[:, :-1])], dim=-1))
             position = torch.arange(x.shape[1])[None]
             mask = torch.full((x.shape[1],) * 2, -torch.inf, dtype=torch.float64).triu(1)[None, None]
-            out = layer(x, attention_mask=mask, position_ids=position, position_embeddings=decoder.rotary_emb(x, position))
+            rotary = decoder.rotary_emb(x, position)
+            out = DeepseekV3DecoderLayer.forward(layer, x, attention_mask=mask, position_ids=position, position_embeddings=rotary)
             logits = model.lm_head(layer.shared_head["norm"](out))[0] / TEMPERATURE
             # Row r has read tokens 0 to r+1 and predicts token r+2: completion tokens from the prompt's last but one on.
             logp = logits[prompt - 2 : -1].log_softmax(-1).gather(-1, ids[0, prompt:, None]).squeeze(-1)
@@ -195,6 +202,16 @@ def test_a_detached_module_learns_beside_a_policy_that_does_not_notice(published
     ]
     assert policies_differ and all(name.startswith("model.layers.2.") for name in policies_differ)
     assert rows[-1]["mtp/loss"] < 0.5 * rows[0]["mtp/loss"]
+
+
+def test_with_weight_zero_gradients_are_those_of_the_policy_without_the_module(published: Path) -> None:
+    """To the bit; and with a weight, not detached, they are not."""
+    groups = make_groups(REWARDS)
+    alone = gradients(make_learner(published.parent / "published-trunk", LossConfig()), groups)
+    beside = gradients(make_learner(published, LossConfig()), groups)
+    assert alone.keys() <= beside.keys() and all(torch.equal(alone[name], beside[name]) for name in alone)
+    through = gradients(make_learner(published, LossConfig(), mtp=MtpConfig(weight=0.3, detach=False)), groups)
+    assert distance({name: through[name] for name in alone}, alone) > 0.01
 
 
 def test_numbers_of_the_module_do_not_depend_on_how_a_step_is_cut(published: Path) -> None:

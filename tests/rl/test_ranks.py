@@ -12,23 +12,26 @@ import numpy as np
 import policies
 import pytest
 import torch
-from made import NoFloat32, distance, gradients, make_groups, make_learner, near, random_routes, step_numbers
+from made import NoFloat32, deepseek_v3_with_module, distance, gradients, make_groups, make_learner, step_numbers
+from rank_cases import CASES, groups_of, settings_of
 from safetensors.torch import load_file
 
 from data.values import Completion, Group
-from rl.config import LossConfig, RouterConfig
 from rl.ranks import decode_groups, encode_groups
 
 HERE = Path(__file__).parent
-REWARDS = [[1, 0, 0, 1], [0, 1, 0, 0], [1, 1, 0.5, 0], [0.2, 0.9, 0.4, 0.0]]
 
 
 @pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return policies.tiny_qwen3_moe(tmp_path_factory.mktemp("policy") / "moe", seed=0)
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return policies.tiny_qwen3_moe(tmp_path_factory.mktemp("policy") / "qwen3_moe", seed=0)
 
 
-DAPO = LossConfig(kind="dapo", ratio_base="engine")
+@pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v3"])
+def policy(request: pytest.FixtureRequest, moe: Path) -> Path:
+    return moe if request.param == "qwen3_moe" else deepseek_v3_with_module(moe.parent / request.param, seed=0)
+
+
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -52,29 +55,20 @@ def of_two(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 @pytest.mark.parametrize("sharding", ["replicated", "sharded"])
-@pytest.mark.parametrize(
-    ("case", "rewards", "loss"),
-    [
-        ("spread", REWARDS, DAPO),
-        ("routers", REWARDS, DAPO.model_copy(update={"replay": "rollout"})),
-        ("one rank has only zero advantages", [REWARDS[0], [1, 1, 1, 1], [0, 0, 0, 0]], DAPO),
-        ("gspo with KL", REWARDS, LossConfig(kind="gspo", ratio_base="engine", kl_coef=0.1, kl="k1")),
-    ],
-)
-def test_two_ranks_give_the_gradients_of_one(
-    policy: Path, of_two: dict[str, dict[str, torch.Tensor]], case: str, rewards: list[list[float]], loss: LossConfig, sharding: str
-) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_give_the_gradients_of_one(policy: Path, of_two: dict[str, dict[str, torch.Tensor]], case: str, sharding: str) -> None:
+    loss = CASES[case][1]
     with NoFloat32():
-        groups, router = near(make_groups(rewards), policy), RouterConfig()
-        if case == "routers":  # as in two_ranks.py
-            groups, router = random_routes(groups, layers=2), RouterConfig(aux_loss=0.5)
-        one = gradients(make_learner(policy, loss, reference=policy if loss.kl_coef else None, router=router), groups)
+        learner = make_learner(policy, loss, reference=policy if loss.kl_coef else None, **settings_of(case, policy))
+        one = gradients(learner, groups_of(case, policy))
     assert distance(of_two[f"{case}, {sharding}"], one) < 1e-10
 
 
 def test_layers_gathered_in_bf16_add_up_in_fp32(policy: Path, of_two: dict[str, dict[str, torch.Tensor]]) -> None:
-    groups = near(make_groups(REWARDS), policy)
-    exact, one = (gradients(make_learner(policy, DAPO, dtype=dtype), groups) for dtype in (torch.float32, torch.bfloat16))
+    groups, settings = groups_of("spread", policy), settings_of("spread", policy)
+    exact, one = (
+        gradients(make_learner(policy, CASES["spread"][1], dtype=dtype, **settings), groups) for dtype in (torch.float32, torch.bfloat16)
+    )
     two = of_two["spread, sharded in bf16"]
     assert {g.dtype for g in two.values()} == {torch.float32}
     assert distance(two, exact) < 1.1 * distance(one, exact), (distance(two, exact), distance(one, exact))
@@ -82,11 +76,10 @@ def test_layers_gathered_in_bf16_add_up_in_fp32(policy: Path, of_two: dict[str, 
 
 def test_two_ranks_count_the_load_and_the_mismatch_of_one(policy: Path, of_two: dict[str, dict[str, torch.Tensor]]) -> None:
     with NoFloat32():
-        groups = random_routes(near(make_groups(REWARDS), policy), layers=2)
-        loss = LossConfig(kind="dapo", ratio_base="engine", replay="rollout")
-        one = step_numbers(make_learner(policy, loss, router=RouterConfig(aux_loss=0.5)), groups)
+        one = step_numbers(make_learner(policy, CASES["routers"][1], **settings_of("routers", policy)), groups_of("routers", policy))
     two = of_two["numbers"]
-    assert two.keys() == one.keys() and {"mismatch/ratio_p99", "mismatch/flipped_routes", "moe/loss"} < two.keys()
+    assert two.keys() == one.keys() and {"mismatch/ratio_p99", "mismatch/flipped_routes"} < two.keys()
+    assert ("mtp/acceptance" if "deepseek" in policy.name else "moe/loss") in two
     assert torch.equal(two.pop("load"), one.pop("load"))
     assert {name: float(x) for name, x in two.items()} == pytest.approx({name: float(x) for name, x in one.items()}, rel=1e-9)
 
@@ -133,11 +126,11 @@ def tiny_run(folder: Path, policy: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("sharding", [{}, FSDP2], ids=["replicated", "sharded"])
-def test_a_run_on_two_ranks_ends_as_on_one_and_goes_on_after_a_stop(policy: Path, tmp_path: Path, sharding: dict[str, str]) -> None:
+def test_a_run_on_two_ranks_ends_as_on_one_and_goes_on_after_a_stop(moe: Path, tmp_path: Path, sharding: dict[str, str]) -> None:
     """Replicated: as one rank, but for rounding. Sharded: stopped after step 2 and resumed, the same bits."""
 
     def run(name: str, ranks: int, *overrides: str) -> dict[str, torch.Tensor]:
-        recipe = tiny_run(tmp_path, policy, name)
+        recipe = tiny_run(tmp_path, moe, name)
         launch = TORCHRUN if ranks > 1 else []
         done = subprocess.run(
             [sys.executable, *launch, "-m", "rl.train", str(recipe), *overrides],
@@ -149,7 +142,7 @@ def test_a_run_on_two_ranks_ends_as_on_one_and_goes_on_after_a_stop(policy: Path
 
     two = run("two", 2)
     if not sharding:
-        one, start = run("one", 1), load_file(policy / "model.safetensors")
+        one, start = run("one", 1), load_file(moe / "model.safetensors")
         moved = sum((one[k] - start[k]).square().sum() for k in one) ** 0.5
         assert sum((one[k] - two[k]).square().sum() for k in one) ** 0.5 < 1e-3 * moved
         return
@@ -160,9 +153,9 @@ def test_a_run_on_two_ranks_ends_as_on_one_and_goes_on_after_a_stop(policy: Path
 
 
 @pytest.mark.slow
-def test_two_nodes_end_with_the_weights_of_two_ranks_of_one(policy: Path, tmp_path: Path) -> None:
+def test_two_nodes_end_with_the_weights_of_two_ranks_of_one(moe: Path, tmp_path: Path) -> None:
     """Two agents with the accelerate config for two nodes, on one machine; engine and learner take turns, as a node has it to itself."""
-    path, environment = tiny_run(tmp_path, policy, "nodes"), {**os.environ, "PYTHONPATH": str(HERE.parent.parent), "OMP_NUM_THREADS": "1"}
+    path, environment = tiny_run(tmp_path, moe, "nodes"), {**os.environ, "PYTHONPATH": str(HERE.parent.parent), "OMP_NUM_THREADS": "1"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

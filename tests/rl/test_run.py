@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-import policies
 import pytest
 import torch
+from made import deepseek_v3_with_module
 from safetensors.torch import load_file
 
 from data.journal import Journal
@@ -273,11 +273,12 @@ def test_dynamic_sampling_ends_within_its_bound_where_nothing_teaches(policy: Pa
 
 
 @pytest.mark.slow
-def test_routing_bias_and_replayed_routes_go_on_after_a_stop_to_the_bit(tmp_path: Path) -> None:
-    policy = policies.tiny_deepseek_v3(tmp_path / "policy", seed=0)
+def test_routing_bias_replayed_routes_and_the_mtp_module_go_on_after_a_stop_to_the_bit(tmp_path: Path) -> None:
+    policy = deepseek_v3_with_module(tmp_path / "policy", seed=0)
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{a}{b}"}}\n' for a in "0123" for b in "456"))
     path = recipe(tmp_path, policy, "run", **{"{task: arithmetic, options: {digits: 1}}": f"{{path: {tmp_path / 'prompts.jsonl'}}}"})
     routing = ["loss.replay=rollout", "learner.router.bias_step=0.01", "learner.router.sequence_loss=0.001", "eval.prompts=null"]
+    routing.append("learner.mtp.weight=0.3")
     run(path, *routing, "learner.steps=4")
     out = tmp_path / "out" / "run"
     out.rename(tmp_path / "whole")
@@ -286,6 +287,7 @@ def test_routing_bias_and_replayed_routes_go_on_after_a_stop_to_the_bit(tmp_path
     assert same_weights(out, tmp_path / "whole") and rows(out) == rows(tmp_path / "whole")
     last = rows(out)[-1]
     assert last["replay/live_tokens"] == 0.0 and last["mismatch/older_tokens"] == 0.0 and last["moe/max_violation"] > 0.0
+    assert 0.0 < last["mtp/acceptance"] < 1.0
     names = [f"step-{n}.npz" for n in (1, 2, 3, 4)]
     assert sorted(p.name for p in (out / "router").iterdir()) == names
     for name in names:

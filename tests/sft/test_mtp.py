@@ -1,12 +1,14 @@
-"""The multi-token prediction module in SFT: its loss packed is its loss row by row, and what is saved is what was trained."""
+"""The multi-token prediction module in SFT: packed it learns what it learns row by row, and what is saved is what was trained."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from made import NoFloat32, distance
 from policies import tiny_deepseek_v3, tiny_qwen3_moe
 from safetensors.torch import load_file
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer
 
 from data.recipe import InputError, parse
 from rl.mtp import mtp_layer
@@ -32,34 +34,41 @@ def recipe_of(policy: Path, **sft: object) -> SftRecipe:
 
 
 def alone(model, row):
-    """Equations 21 to 24 on one row, written out; and the loss of the module's own function on it."""
+    """Equations 21 to 24 on one row, written out: the loss, and for each learned token how far draft and trunk overlap."""
     layer, decoder = mtp_layer(model), model.get_decoder()
     ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
     hidden, embedded = decoder(ids).last_hidden_state, decoder.embed_tokens(ids)
     x = layer.eh_proj(torch.cat([layer.enorm(embedded[:, 1:]), layer.hnorm(hidden[:, :-1])], dim=-1))
     position = torch.arange(x.shape[1])[None]
-    mask = torch.full((x.shape[1],) * 2, -torch.inf).triu(1)[None, None]
-    out = layer(x, attention_mask=mask, position_ids=position, position_embeddings=decoder.rotary_emb(x, position))
-    logp = model.lm_head(layer.shared_head["norm"](out))[0, :-1].log_softmax(-1)
+    mask = torch.full((x.shape[1],) * 2, -torch.inf, dtype=x.dtype).triu(1)[None, None]
+    rotary = decoder.rotary_emb(x, position)
+    out = DeepseekV3DecoderLayer.forward(layer, x, attention_mask=mask, position_ids=position, position_embeddings=rotary)
+    draft = model.lm_head(layer.shared_head["norm"](out))[0, :-1].log_softmax(-1)
+    trunk = model.lm_head(hidden)[0, 1:-1].log_softmax(-1)
     learned = labels[2:] != IGNORED
-    return -logp[learned, labels[2:][learned]].sum()
+    return -draft[learned, labels[2:][learned]].sum(), torch.minimum(draft, trunk).exp().sum(-1)[learned]
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
-def test_the_loss_of_a_batch_is_that_of_its_rows_alone(packing, tmp_path):
+def test_loss_gradients_and_acceptance_of_a_batch_are_those_of_its_rows_alone(packing, tmp_path):
     recipe = recipe_of(tiny_deepseek_v3(tmp_path / "policy", seed=3), packing=packing)
     policy = load_policy(recipe)
     trainer = make_trainer(recipe, policy, tokens := token_rows(recipe, policy, ROWS), tmp_path / "run")
     (batch,) = list(trainer.get_train_dataloader())
-    model = policy[0]
+    model = policy[0].double()
+    model.config._experts_implementation = "eager"  # the grouped product takes no float64
     kept = []
     model.get_decoder().register_forward_hook(lambda module, args, output: kept.append(output.last_hidden_state))
-    model(**{name: value for name, value in batch.items() if name != "labels"})
-    loss = mtp_loss(model, kept[0], batch)
-    expected = sum(alone(model, row) for row in tokens.rows)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    ours, theirs = (torch.autograd.grad(x, mtp_layer(model).eh_proj.weight)[0] for x in (loss, expected))
-    assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+    with NoFloat32():
+        model(**{name: value for name, value in batch.items() if name != "labels"})
+        loss, accepted = mtp_loss(model, kept[0], batch)
+        losses, overlaps = zip(*(alone(model, row) for row in tokens.rows), strict=True)
+        expected = sum(losses)
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        ours, theirs = (dict(zip(names, torch.autograd.grad(x, parameters, materialize_grads=True), strict=True)) for x in (loss, expected))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert distance(ours, theirs) < 1e-10
+    assert 0.0 < accepted == pytest.approx(torch.cat(overlaps).mean().item(), rel=1e-6)  # a number to look at: in float32
 
 
 def test_the_trained_module_is_saved_in_the_published_names_and_learns(tmp_path):
@@ -72,8 +81,9 @@ def test_the_trained_module_is_saved_in_the_published_names_and_learns(tmp_path)
     assert not torch.equal(first, saved["model.layers.2.eh_proj.weight"])
     again = load_model(tmp_path / "run" / "final", torch.float32)
     assert torch.equal(mtp_layer(again).eh_proj.weight, saved["model.layers.2.eh_proj.weight"])
-    rows = [float(line.split('"mtp_loss": ')[1].split(",")[0].rstrip("}\n")) for line in (tmp_path / "run" / "metrics.jsonl").open()]
-    assert rows[-1] < 0.5 * rows[0]
+    first, *_, last = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert last["mtp_loss"] < 0.5 * first["mtp_loss"]
+    assert 0.0 < first["mtp_acceptance"] < last["mtp_acceptance"] <= 1.0
 
 
 def test_a_policy_made_from_a_config_says_what_it_is(tmp_path):
