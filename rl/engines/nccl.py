@@ -19,7 +19,7 @@ from rl.ranks import Ranks
 from rl.sync import SyncStats
 
 if TYPE_CHECKING:
-    from rl.engines.vllm_worker import NcclSender
+    from rl.engines.vllm_weights import NcclSender
 
 
 class NcclSync:
@@ -42,7 +42,7 @@ class NcclSync:
         """
         began = time.perf_counter()
         if self._sender is None:
-            from rl.engines.vllm_worker import NcclSender  # imports vllm: here in the learner's process, where its trainer side lives
+            from rl.engines.vllm_weights import NcclSender  # imports vllm: here in the learner's process, where its trainer side lives
 
             # Engines are processes of this machine.
             self._sender = NcclSender(self.engines, learner, self.manifest, rank=self.ranks.rank, address="127.0.0.1", port=free_port())

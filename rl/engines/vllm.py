@@ -76,7 +76,7 @@ class VllmSpec:
 def preload() -> None:
     """Lets the fork server begin to import vllm, and returns at once: called early, the first engine has not to wait for it."""
     with _forking:
-        multiprocessing.set_forkserver_preload(["rl.engines.vllm", "rl.engines.vllm_worker"])
+        multiprocessing.set_forkserver_preload(["rl.engines.vllm", "rl.engines.vllm_weights", "rl.engines.vllm_worker"])
         multiprocessing.forkserver.ensure_running()
 
 

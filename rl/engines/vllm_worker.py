@@ -1,12 +1,11 @@
-"""vLLM's side of an engine: what runs in the engine's own process. With `vllm_codes`, the one place in `rl` that imports vllm.
+"""vLLM's side of an engine: what runs in its own process. No module of `rl` imports vllm but this, `vllm_weights` and `vllm_codes`.
 
 vLLM has two shapes here, and the loop of `rl.engines.server` does not see which. On a CPU the engine core is stepped in this
 process: a second one would import vllm once more and fight for the same cores. On a GPU AsyncLLM runs the engine core in a
 process of its own, so that the GPU does not wait for Python. AsyncLLM is tested on a CPU; nothing here has run on a GPU.
 
-Weights come through vLLM's RL API (start, update, finish) and a backend registered here, `cohort_file`, which reads the shared
-weight file, on a CPU with codes as their values; or, between GPUs, through `nccl`, vLLM's own, driven by `NcclSender`. After an update
-every running request is computed anew and the prefix cache is empty: no key of older weights is ever used again.
+Weights come through vLLM's RL API (start, update, finish), by the backends of `vllm_weights`. After an update every running request is
+computed anew and the prefix cache is empty: no key of older weights is ever used again.
 """
 
 import asyncio
@@ -16,33 +15,21 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 from vllm.config import VllmConfig
 from vllm.config.weight_transfer import WeightTransferConfig
-from vllm.distributed.weight_transfer.base import (
-    ParamMeta,
-    WeightSource,
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs.engine import tokens_input
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -53,18 +40,14 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from data.values import Completion
-from rl.engines.base import Part, Request, TensorSlot, WeightChunk
-from rl.engines.nccl import FanOut
+from rl.engines.base import Part, Request, WeightChunk
 from rl.engines.repairs import cpu_repairs
 from rl.engines.server import Failed, Ready, Server
-from rl.engines.vllm import VllmEngine, VllmSpec
+from rl.engines.vllm import VllmSpec
 from rl.engines.vllm_codes import PLAIN, VALUES
-from rl.engines.weights import Exporter, Manifest, chunk_bytes, read_chunk, views_of
-from rl.fp8.decode import Decoder
+from rl.engines.weights import chunk_bytes
 from rl.fp8.files import is_block_fp8
 from rl.replay import moe_layers, with_routes
-
-Method = TypeVar("Method")
 
 KV_CACHE_MAX_bytes = 4 << 30
 """On a CPU: an engine whose slots could fill more takes this, and lets requests wait."""
@@ -313,8 +296,8 @@ def engine_config(spec: VllmSpec) -> VllmConfig:
         "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from, at its temperature
         "disable_log_stats": True,
         "seed": 0,
-        # vLLM imports this module in each of its workers, and so finds the backend below.
-        "worker_extension_cls": f"{__name__}.WorkerExtension",
+        # vLLM imports this in each of its workers, and so finds our backend.
+        "worker_extension_cls": "rl.engines.vllm_weights.WorkerExtension",
         "weight_transfer_config": WeightTransferConfig(backend=spec.weight_backend),
         "enable_return_routed_experts": spec.returns_routes,
     }
@@ -365,125 +348,3 @@ def kv_cache_bytes(config: VllmConfig) -> int:
     block = config.cache_config.block_size
     slot_bytes = (-(-model.max_model_len // block) + 1) * block * token_bytes
     return max(min(config.scheduler_config.max_num_seqs * slot_bytes, KV_CACHE_MAX_bytes), 2 * slot_bytes)
-
-
-class WorkerExtension:
-    """Adds nothing to vLLM's worker but the import of this module."""
-
-
-@dataclass
-class FileInit(WeightTransferInitInfo):
-    """The file needs no rendezvous."""
-
-
-@dataclass
-class FileUpdate(WeightTransferUpdateInfo):
-    """A WeightChunk in plain values, as it crosses from AsyncLLM to its engine core."""
-
-    path: str
-    slots: Sequence[dict[str, Any]]
-    data: bytes | None = None
-    """The tensors' bytes, one after the other, where the file is on another machine."""
-
-
-class FileTransfer(WeightTransferEngine[FileInit, FileUpdate]):
-    """Loads chunks of the shared weight file, layer by layer, as vLLM loads a checkpoint."""
-
-    init_info_cls = FileInit
-    update_info_cls = FileUpdate
-
-    def __init__(self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: torch.nn.Module) -> None:
-        super().__init__(config, vllm_config, device, model)
-        self.kernels: dict[UnquantizedFusedMoEMethod, Any] = {}
-        self.decoder = Decoder(self.model_config.dtype)
-        if device.type == "cpu":
-            # Without it the attention kernel dies of SIGILL on a first prompt of a few tokens, where the CPU has AMX.
-            torch.cpu._init_amx()
-
-    def init_transfer_engine(self, init_info: FileInit) -> None:
-        """Nothing to set up."""
-
-    def start_weight_update(self) -> None:
-        initialize_layerwise_reload(self.model)
-        if self.device.type == "cpu":
-            # With a kernel in place vLLM takes new expert weights as packed already, and computes wrong experts without a word.
-            for _, method in self.layers(UnquantizedFusedMoEMethod):
-                self.kernels[method] = method.moe_kernel
-                method.moe_kernel = None
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.receive_weights(self.parse_update_info(update_info))
-
-    def receive_weights(self, update_info: FileUpdate) -> None:
-        slots = tuple(TensorSlot(**{**slot, "shape": tuple(slot["shape"])}) for slot in update_info.slots)
-        self.model.load_weights(self.tensors(WeightChunk(update_info.path, slots), update_info.data))
-
-    def tensors(self, chunk: WeightChunk, data: bytes | None) -> Iterator[tuple[str, torch.Tensor]]:
-        tensors = read_chunk(chunk) if data is None else views_of(bytearray(data), chunk.slots)
-        if self.device.type == "cpu":
-            yield from self.decoder.values(tensors)
-            return
-        for name, tensor in tensors:
-            yield name, tensor.to(self.device)
-
-    def finish_weight_update(self) -> None:
-        self.decoder.end()
-        finalize_layerwise_reload(self.model, self.model_config)
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
-            return
-        for method, kernel in self.kernels.items():
-            if method.moe_kernel is None:  # its layer got no weights
-                method.moe_kernel = kernel
-        self.kernels.clear()
-        # A head that is tied to the embedding gets no weights of its own, and would go on with its packed copy of the old ones.
-        for layer, method in self.layers(UnquantizedEmbeddingMethod):
-            method.process_weights_after_loading(layer)
-
-    def layers(self, kind: type[Method]) -> Iterator[tuple[torch.nn.Module, Method]]:
-        """Layers whose weights are handled by this kind of method."""
-        for layer in self.model.modules():
-            method = getattr(layer, "quant_method", None)  # vLLM's layers have one or not
-            if isinstance(method, kind):
-                yield layer, method
-
-    def shutdown(self) -> None:
-        """The file is the sender's."""
-
-
-WeightTransferEngineFactory.register_engine("cohort_file", FileTransfer)
-
-
-class NcclSender:
-    """The learner's end of vLLM's `nccl` backend: broadcasts from the learner's GPU to those of all engines. Has never run on one.
-
-    Made on every rank, of engines whose `weight_backend` is `nccl`; rank 0 alone has them.
-    """
-
-    def __init__(self, engines: Sequence[VllmEngine], learner: Exporter, manifest: Manifest, *, rank: int, address: str, port: int) -> None:
-        """address, port: where rank 0 and the engines' workers meet."""
-        self.fan_out = FanOut(engines)
-        self.sender = NCCLTrainerWeightTransferEngine.trainer_init(
-            NCCLTrainerInitInfo(address, port, 1 + self.fan_out.workers, rank=rank),
-            client=self.fan_out,
-            source=ExportSource(learner, manifest),
-        )
-
-    def push(self, version: int) -> None:
-        """Collective over ranks, as WeightSync.push."""
-        self.fan_out.version = version
-        self.sender.send_weights()
-
-
-class ExportSource(WeightSource):
-    """The learner's export as vLLM's trainer side wants it. It checks names, shapes and dtypes against the metadata."""
-
-    def __init__(self, learner: Exporter, manifest: Manifest) -> None:
-        self.learner = learner
-        self.manifest = manifest
-
-    def metadata(self) -> list[ParamMeta]:
-        return [ParamMeta(name, getattr(torch, spec.dtype), spec.shape) for name, spec in self.manifest.items()]
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return self.learner.export()
