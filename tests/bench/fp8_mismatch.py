@@ -14,6 +14,7 @@ from queue import SimpleQueue
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from data.arithmetic import rows
 from data.values import Completion, Group, Prompt, Score
@@ -25,13 +26,22 @@ from rl.engines.vllm import VllmEngine
 from rl.fp8.convert import fp8_model
 from rl.fp8.folder import engine_policy
 from rl.learner import Learner
+from rl.mixed import residual_in_fp32
 from rl.policy import load_model, load_tokenizer
 from rl.ranks import Ranks
 
 CPU = torch.device("cpu")
 MAX_TOKENS = 48
+
+
+def bf16_learner(folder: Path) -> PreTrainedModel:
+    model = load_model(folder, torch.bfloat16)
+    residual_in_fp32(model)
+    return model
+
+
 LEARNERS = {
-    "bf16": lambda folder: load_model(folder, torch.bfloat16),
+    "bf16": lambda folder: bf16_learner(folder),
     "fp8": lambda folder: fp8_model(folder, Fp8Config(), CPU),
     "fp8_weights": lambda folder: fp8_model(folder, Fp8Config(quantize_activations=False), CPU),
 }
