@@ -64,6 +64,26 @@ def known_waste(run: Path, problem: str) -> bool:
     return sums.sampled - metric == sums.wasted.get("aborted", 0) + sums.wasted.get("resampled", 0)
 
 
+TALK = """
+async def talk(generate, prompt):
+    turn = await generate(max_tokens=3)
+    told = turn.token_ids + generate.encode("7")
+    rest = await generate(told)
+    return told + rest.token_ids, [1] * len(turn.token_ids) + [0] + [1] * len(rest.token_ids)
+"""
+
+
+@pytest.mark.parametrize("in_flight", [False, True], ids=["between turns", "in flight"])
+def test_conversations_go_on_over_an_update(in_flight: bool, policy: Path, tmp_path: Path) -> None:
+    (tmp_path / "tool.py").write_text(TALK)
+    rollout = {"max_staleness": 1, "in_flight": in_flight, "conversation": f"{tmp_path / 'tool.py'}:talk"}
+    assert forked(make_recipe(tmp_path, policy, rollout=rollout)) == 0, (tmp_path / "output.log").read_text()
+    steps = rows(tmp_path / "run")[1:]
+    assert account_problems(tmp_path / "run") == []
+    assert max(row["staleness/max"] for row in steps) == 1.0
+    assert all(row["conversation/failed"] == 0.0 for row in steps) and max(row["conversation/turns"] for row in steps) > 1.0
+
+
 @pytest.mark.slow
 def test_two_ranks_learn_from_what_was_sampled_ahead(policy: Path, tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, policy, rollout={"max_staleness": 1, "in_flight": True})

@@ -138,8 +138,7 @@ def test_deepseek_v3_says_what_it_lacks(fresh: Path, monkeypatch: pytest.MonkeyP
     assert "256 of 512 GPUs learn" in out and "together                   127.816 GB   does not fit, 47.82 GB too much" in out
     assert "256 of 512 GPUs sample" in out and "fits, 1.75 GB are left" in out
     assert (
-        "experts spread over 8 GPUs, 1.51 GB would be left on each that learns: transformers has that (DistributedConfig(ep_size=8))"
-        in out
+        "experts spread over 8 GPUs, 1.51 GB would be left on each that learns: transformers has that (DistributedConfig(ep_size=8))" in out
     )
     assert "time: 393 s a step" in out and "16.10 TB of weights and gradients through each GPU" in out
 
