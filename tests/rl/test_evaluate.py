@@ -134,7 +134,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder: Path, monkeypatch: pytest
 def test_a_dead_engine_is_exit_code_1_and_its_logs_are_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def dead(*_: Any) -> None:
+    def dead(*_: Any, **__: Any) -> None:
         raise EngineDead("engine engine-0 is gone: killed by SIGKILL")
 
     monkeypatch.setattr("rl.engines.make.make_engines", dead)
