@@ -5,9 +5,11 @@ on vLLM's CPU backend (`kv_lora_rank` 512 with 64 rotary dimensions). The standa
 so that log-probs differ between tokens and experts and a wrong expert shows.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DeepseekV3Config,
@@ -142,3 +144,13 @@ def _save(
     policy.to(dtype).save_pretrained(path)
     character_tokenizer(config.vocab_size).save_pretrained(path)
     return path
+
+
+class Checkpoint:
+    """A saved policy in the place of the learner."""
+
+    def __init__(self, policy: Path) -> None:
+        self.policy = policy
+
+    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from load_file(self.policy / "model.safetensors").items()

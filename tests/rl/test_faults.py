@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,22 +16,11 @@ from data.values import Completion
 from rl.engines.base import Request, Sampling
 from rl.engines.hf import HfEngine
 from rl.engines.weights import read_manifest
-from rl.policy import checkpoint_views, load_model
 from rl.pool import RolloutPool
 from rl.sync import WeightSync
 
 GROUPS, GROUP, TOKENS = 6, 4, 16
 Done = dict[str, Completion]
-
-
-class Checkpoint:
-    """A saved policy in the place of the learner."""
-
-    def __init__(self, path: Path) -> None:
-        self.model = load_model(path, torch.float32)
-
-    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from checkpoint_views(self.model)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +53,7 @@ def sample(folder: Path, hook: Hook | None = None, stall_s: float = 60.0) -> tup
     said: list[str] = []
     with RolloutPool(engines, stall_s=stall_s, say=said.append) as pool:
         pool.catch_up = sync.replay
-        sync.push(Checkpoint(folder / "p1"), version=1)
+        sync.push(policies.Checkpoint(folder / "p1"), version=1)
         if hook is not None:
             calls = iter(range(10**9))
             for engine in engines:

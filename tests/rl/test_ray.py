@@ -11,7 +11,6 @@ import numpy as np
 import policies
 import psutil
 import pytest
-import torch
 
 import rl.engines.lives
 import rl.engines.remote
@@ -21,7 +20,6 @@ from rl.config import PolicyConfig, RolloutConfig
 from rl.engines.base import Engine, EngineDead, Request, Sampling
 from rl.engines.make import make_engines
 from rl.engines.weights import read_manifest
-from rl.policy import checkpoint_views, load_model
 from rl.pool import RolloutPool
 from rl.sync import WeightSync
 
@@ -31,16 +29,6 @@ GROUPS, GROUP, TOKENS = 6, 4, 16
 TRIES = 3
 """Starts of Ray, which gives itself 30 s: less than it needs on a busy machine."""
 Done = dict[str, Completion]
-
-
-class Checkpoint:
-    """A saved policy in the place of the learner."""
-
-    def __init__(self, path: Path) -> None:
-        self.model = load_model(path, torch.float32)
-
-    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from checkpoint_views(self.model)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +71,7 @@ def sample(engines: list[Engine], folder: Path, fifth: Callable[[], None] = lamb
 
     with RolloutPool(engines, say=said.append) as pool:
         pool.catch_up = sync.replay
-        sync.push(Checkpoint(folder / "p1"), version=1)
+        sync.push(policies.Checkpoint(folder / "p1"), version=1)
         pool.collect(groups, seen)
         deadline = time.monotonic() + 60
         while pool.metrics()["engines/alive"] < 2 and time.monotonic() < deadline:

@@ -32,23 +32,12 @@ from rl.engines.remote import RemoteEngine
 from rl.engines.server import Call
 from rl.engines.weights import TensorSpec, read_manifest
 from rl.engines.wire import Malformed, decode, encode
-from rl.policy import checkpoint_views, load_model
 from rl.pool import RolloutPool
 from rl.sync import WeightSync
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 GROUPS, GROUP, TOKENS = 6, 4, 16
 Done = dict[str, Completion]
-
-
-class Checkpoint:
-    """A saved policy in the place of the learner."""
-
-    def __init__(self, path: Path) -> None:
-        self.model = load_model(path, torch.float32)
-
-    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from checkpoint_views(self.model)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +140,7 @@ def sample(
 
     with RolloutPool(engines, say=said.append) as pool:
         pool.catch_up = sync.replay
-        sync.push(Checkpoint(folder / "p1"), version=1)
+        sync.push(policies.Checkpoint(folder / "p1"), version=1)
         pool.collect(groups(), seen)
         deadline = time.monotonic() + 20
         while (numbers := pool.metrics())["engines/alive"] < len(engines) and time.monotonic() < deadline:
@@ -304,7 +293,7 @@ def test_a_half_sent_update_touches_nothing(servers, folder: Path, tmp_path: Pat
     engine.start(mailbox)
     sync = WeightSync([engine], read_manifest(folder / "p0"))
     assert sync.file is not None
-    sync.file.write(Checkpoint(folder / "p1").export())
+    sync.file.write(policies.Checkpoint(folder / "p1").export())
     (chunk,) = sync.file.chunks
     views = there.up[0].host.engine.views  # type: ignore[attr-defined]
     before = {name: tensor.clone() for name, tensor in views.items()}
@@ -323,7 +312,7 @@ def test_a_half_sent_update_touches_nothing(servers, folder: Path, tmp_path: Pat
     assert all(torch.equal(views[name], before[name]) for name in before)
     assert isinstance(mailbox.get(timeout=5), Died)
     engine.start(mailbox)  # another life, and the whole update
-    sync.push(Checkpoint(folder / "p1"), version=1)
+    sync.push(policies.Checkpoint(folder / "p1"), version=1)
     assert engine.health().version == 1 and not torch.equal(views["lm_head.weight"], before["lm_head.weight"])
     engine.close()
     sync.close()

@@ -15,7 +15,7 @@ from queue import SimpleQueue
 import numpy as np
 import pytest
 import torch
-from policies import EOS, tiny_deepseek_v3, tiny_qwen3_moe
+from policies import EOS, Checkpoint, tiny_deepseek_v3, tiny_qwen3_moe
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -31,16 +31,6 @@ from rl.sync import WeightSync
 logging.disable_progress_bar()
 SHORT = Sampling(24)
 PROMPTS = [[2, 3, 4], [5, 6, 7, 8, 9, 10], [11], [12, 13] * 70]
-
-
-class Checkpoint:
-    """A saved policy in the place of the learner."""
-
-    def __init__(self, policy: Path) -> None:
-        self.policy = policy
-
-    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from load_file(self.policy / "model.safetensors").items()
 
 
 class Bench:

@@ -5,14 +5,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from policies import tiny_qwen3_moe
-from safetensors.torch import load_file
+from policies import Checkpoint, tiny_qwen3_moe
 
 pytest.importorskip("vllm", reason="vllm is not installed: `make install`")
 
@@ -24,16 +21,6 @@ from rl.pool import RolloutPool
 from rl.sync import WeightSync
 
 STALL_s = 2.0
-
-
-class Checkpoint:
-    """A saved policy in the place of the learner."""
-
-    def __init__(self, policy: Path) -> None:
-        self.policy = policy
-
-    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from load_file(self.policy / "model.safetensors").items()
 
 
 @pytest.fixture(scope="module")
