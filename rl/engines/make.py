@@ -97,9 +97,6 @@ def _elsewhere(
         token = server_token(rollout)
         transports = [HttpTransport(url, token) for url in rollout.servers]
     else:
-        if "RAY_ADDRESS" not in os.environ:
-            # Read when ray is imported: a cluster of one machine then listens on the loopback interface, and else on all that there are.
-            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         from rl.engines.ray_actor import ray_transports  # loads ray
 
         transports = ray_transports(rollout, policy, max_model_len, returns_routes=facts["routes"] == "returned")

@@ -1,7 +1,7 @@
 """Engines on a Ray cluster (`rollout.placement: ray`): each a host in an actor, wherever Ray finds room for it.
 
 The cluster is the one that RAY_ADDRESS names, or one of this machine alone, which ends with the run and listens on the loopback
-interface (`rl.engines.make` sees to that before ray is imported). An actor is a life: Ray does not restart one, the pool asks for the
+interface, whoever imported ray before. An actor is a life: Ray does not restart one, the pool asks for the
 next. A chunk of weights is put into Ray's object store once for all engines; Ray brings it to each node once. Nodes need this checkout's
 packages and the policy under the same path, or its hub id, which is checked like all that a server and its learner have in common.
 
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from ray._private import ray_constants
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from data.recipe import InputError
@@ -202,6 +203,10 @@ def _connect(rollout: RolloutConfig) -> None:
         except ConnectionError as error:
             raise InputError(f"RAY_ADDRESS: no Ray cluster at {os.environ['RAY_ADDRESS']}: {_first_line(error)}") from None
         return
+    # Ray's own switch, without which a cluster of one machine listens on all interfaces that there are. Its processes read the variable;
+    # this one did when ray was imported, which vllm may have done.
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
     if torch.cuda.is_available():
         raise InputError(
             "rollout.placement: ray without RAY_ADDRESS is a cluster of this machine, whose GPUs the learner takes; start Ray where the "
