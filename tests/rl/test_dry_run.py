@@ -40,7 +40,6 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise AssertionError("a dry run reads no weights and needs no network")
 
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", refuse)
-    monkeypatch.setattr("rl.policy.load_model", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     return tmp_path
 
