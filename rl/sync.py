@@ -2,8 +2,8 @@
 
 Writing comes before sending: the learner exports into the weight file, layer by layer and never the whole model at once, while
 engines may still sample; the file is checked to hold exactly the policy's tensors; only then do the engines load it, all side by
-side. So a bad export reaches no engine, and an engine stands still no longer than its own copy takes. Where engines sample ahead of
-the learner, the stream says how they come to stand still (`standing_still`).
+side. So a bad export reaches no engine, and an engine stands still no longer than its own copy takes: to another machine the update
+crosses before. Where engines sample ahead of the learner, the stream says how they come to stand still (`standing_still`).
 
 The file keeps the update. An engine that is down, or dies of it, is passed over: the pool starts it again, at its first weights, and
 `replay` brings it to the last ones, whatever became of the update in which it was lost. A push and a replay wait for one another.
@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from typing import Any
 
-from rl.engines.base import Engine, EngineDead
+from rl.engines.base import Engine, EngineDead, Far, WeightChunk
 from rl.engines.weights import Exporter, Manifest, WeightFile
 
 
@@ -29,7 +30,7 @@ class SyncStats:
     version: int
     bytes: int
     write_s: float
-    """The learner's export and the copy into the file."""
+    """The learner's export, the copy into the file, and what other machines take to receive it."""
     wait_s: float
     """Until the engines stood still."""
     load_s: float
@@ -68,13 +69,12 @@ class WeightSync:
         with self._file_in_use:
             self.file.write(learner.export())
             self.version = version
+            self._each(self._bring, [engine for engine in self.engines if isinstance(engine, Far)])
         written = time.perf_counter()
         with self.standing_still(version):
             still = time.perf_counter()
-            with self._file_in_use, ThreadPoolExecutor(max(1, len(self.engines))) as threads:
-                loads = [threads.submit(self._load_if_alive, engine) for engine in self.engines]
-                for load in loads:
-                    load.result()
+            with self._file_in_use:
+                self._each(self._load, self.engines)
         self.stats = SyncStats(version, self.file.bytes, written - began, still - written, time.perf_counter() - still)
 
     def metrics(self) -> dict[str, float]:
@@ -86,18 +86,33 @@ class WeightSync:
         """Brings an engine that has just started to the last update, from any thread; before the first there is nothing to do."""
         with self._file_in_use:
             if self.version:
+                if isinstance(engine, Far):
+                    self._bring(engine)
                 self._load(engine)
 
-    def _load_if_alive(self, engine: Engine) -> None:
-        with suppress(EngineDead):  # its next life is replayed
-            self._load(engine)
+    def _each(self, what: Callable[[Any], None], engines: Sequence[Engine]) -> None:
+        """All at once; those that are dead, or die of it, are left out: their next lives are replayed."""
+
+        def if_alive(engine: Engine) -> None:
+            with suppress(EngineDead):
+                what(engine)
+
+        with ThreadPoolExecutor(max(1, len(engines))) as threads:
+            list(threads.map(if_alive, engines))
+
+    def _bring(self, engine: Far) -> None:
+        engine.bring(self.version, self._chunks())
 
     def _load(self, engine: Engine) -> None:
-        assert self.file is not None and self.file.chunks, "the weight file holds no whole update"
-        engine.begin_update(self.version)
-        for chunk in self.file.chunks:
-            engine.load(chunk)
+        if not isinstance(engine, Far):
+            engine.begin_update(self.version)
+            for chunk in self._chunks():
+                engine.load(chunk)
         engine.end_update()
+
+    def _chunks(self) -> list[WeightChunk]:
+        assert self.file is not None and self.file.chunks, "the weight file holds no whole update"
+        return self.file.chunks
 
     def close(self) -> None:
         """Gives the file's memory back."""

@@ -74,7 +74,7 @@ class Fleet:
 
 
 class RemoteEngine:
-    """Implements `rl.engines.base.Engine`."""
+    """Implements `rl.engines.base.Engine` and `Far`."""
 
     def __init__(self, name: str, transport: Transport, hello: Hello, fleet: Fleet, *, slots: int, whole_groups: bool) -> None:
         """slots: until the host has said how many it has."""
@@ -85,6 +85,8 @@ class RemoteEngine:
         self.slots = slots
         self.whole_groups = whole_groups
         self._link: _Link | None = None
+        self._updating: _Link | None = None
+        """The life in which the last update began."""
         self._stop = threading.Event()
         self._lived = False
         self._trouble = ""
@@ -134,16 +136,21 @@ class RemoteEngine:
         self._alive().ask("resume")
 
     def begin_update(self, version: int) -> None:
-        link = self._alive()
+        self._updating = link = self._alive()
         link.version = version
         link.ask("begin_update", version)
 
     def load(self, chunk: WeightChunk) -> None:
         """Brings it as far as the host, which gives the engine none before it has all."""
-        self._alive().load(chunk)
+        self._in_update().load(chunk)
 
     def end_update(self) -> None:
-        self._alive().ask("end_update")
+        self._in_update().ask("end_update")
+
+    def bring(self, version: int, chunks: Sequence[WeightChunk]) -> None:
+        self.begin_update(version)
+        for chunk in chunks:
+            self.load(chunk)
 
     def sleep(self) -> None:
         self._alive().ask("sleep")
@@ -167,6 +174,12 @@ class RemoteEngine:
         if self._link is None or not self._link.ready.done():
             raise EngineDead(f"engine {self.name} is not running: it was not started, or closed")
         return self._link
+
+    def _in_update(self) -> "_Link":
+        link = self._alive()
+        if link is not self._updating:
+            raise EngineDead(f"engine {self.name} began another life in the middle of an update")
+        return link
 
 
 class _Link:

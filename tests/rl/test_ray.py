@@ -50,8 +50,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     ray.shutdown()
 
 
-def engines_of(folder: Path, placement: str) -> list[Engine]:
-    rollout = RolloutConfig(engine="hf", engines=2, slots=8, placement=placement)  # type: ignore[arg-type]
+def engines_of(folder: Path, placement: str, engine: str = "hf") -> list[Engine]:
+    rollout = RolloutConfig(engine=engine, engines=2, slots=8, placement=placement)  # type: ignore[arg-type]
     policy = folder / "p0"
     return make_engines(rollout, PolicyConfig(path=str(policy)), policy, 64, folder, manifest=read_manifest(policy))
 
@@ -104,6 +104,19 @@ def test_two_engines_by_ray_give_the_local_pools_completions_also_when_one_is_ki
             assert completion.engine_logp.tobytes() == wanted[name].engine_logp.tobytes()
             assert completion.policy_version.tolist() == [1] * len(completion.token_ids)
         assert [line.split(",")[0] for line in said] == (["engine engine-0 died", "engine engine-0 is back"] if fifth is kill else []), said
+
+
+@pytest.mark.slow
+def test_two_vllm_engines_by_ray_give_the_local_pools_tokens(folder: Path) -> None:
+    pytest.importorskip("vllm", reason="vllm is not installed: `make install`")
+    here, _ = sample(engines_of(folder, "split", "vllm"), folder)
+    got, said = sample(engines_of(folder, "ray", "vllm"), folder)
+    assert got.keys() == here.keys() and said == []
+    for name, completion in got.items():
+        assert completion.token_ids.tolist() == here[name].token_ids.tolist()
+        assert completion.policy_version.tolist() == [1] * len(completion.token_ids)
+        # Which completions share a batch is a matter of time, and with it the last bits of a matrix product.
+        assert np.abs(completion.engine_logp - here[name].engine_logp).max() < 1e-5
 
 
 def test_a_cluster_without_room_is_one_line(folder: Path) -> None:

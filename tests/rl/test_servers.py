@@ -23,9 +23,10 @@ import rl.engines.remote
 import rl.serve
 import rl.train
 from data.recipe import InputError
-from data.values import Completion
+from data.values import Completion, Prompt
 from rl.config import PolicyConfig, RolloutConfig
-from rl.engines.base import Died, Engine, EngineDead, Finished, Request, Sampling, TensorSlot
+from rl.conversation_pool import ConversationPool
+from rl.engines.base import Died, Engine, EngineDead, Far, Finished, Request, Sampling, TensorSlot
 from rl.engines.http_server import CONTENT_TYPE, HEAD, HttpServer, bind
 from rl.engines.make import make_engines, make_host
 from rl.engines.remote import RemoteEngine
@@ -125,8 +126,24 @@ def groups() -> list[list[Request]]:
     return [[Request(f"p{p}", f"g{p}", 0, i, 100 * p + i, prompts[p], Sampling(TOKENS), p) for i in range(GROUP)] for p in range(GROUPS)]
 
 
+def talking(engines: list[Engine], **named: Any) -> ConversationPool:
+    async def three_turns(generate: Any, prompt: Prompt) -> Any:
+        token_ids, mask = [], []
+        for given in ("42", "7", ""):
+            turn = await generate(token_ids, max_tokens=5)
+            said = generate.encode(given)
+            token_ids += turn.token_ids + said
+            mask += [1] * len(turn.token_ids) + [0] * len(said)
+        return token_ids, mask
+
+    return ConversationPool(engines, three_turns, "tool", policies.character_tokenizer(64), timeout_s=60.0, **named)
+
+
 def sample(
-    engines: list[Engine], folder: Path, at: dict[int, Callable[[], None]] | None = None
+    engines: list[Engine],
+    folder: Path,
+    at: dict[int, Callable[[], None]] | None = None,
+    make_pool: Callable[..., RolloutPool] = RolloutPool,
 ) -> tuple[Done, dict[str, float], list[str]]:
     """Completions of all groups with the second policy's weights; `at` is done when so many completions have come."""
     sync = WeightSync(engines, read_manifest(folder / "p0"))
@@ -138,10 +155,13 @@ def sample(
         if at is not None and len(got) in at:
             at[len(got)]()
 
-    with RolloutPool(engines, say=said.append) as pool:
+    with make_pool(engines, say=said.append) as pool:
         pool.catch_up = sync.replay
         sync.push(policies.Checkpoint(folder / "p1"), version=1)
-        pool.collect(groups(), seen)
+        asked = groups()
+        if make_pool is talking:
+            asked = [[replace(r, prompt=Prompt(r.prompt_id, "", "", r.prompt_ids)) for r in group] for group in asked]
+        pool.collect(asked, seen)
         deadline = time.monotonic() + 20
         while (numbers := pool.metrics())["engines/alive"] < len(engines) and time.monotonic() < deadline:
             pool.poll(0.01)
@@ -194,6 +214,23 @@ def test_a_lost_server_loses_no_group_and_is_taken_back_at_the_current_weights(s
     assert numbers["engines/alive"] == 2, said
     assert [line.split(",")[0] for line in said] == ["engine engine-0 died", "engine engine-0 is back"], said
     assert "cannot be reached" in said[0] or "ended" in said[0]
+
+
+def test_conversations_on_servers_are_those_of_the_local_pool_also_when_one_is_lost(servers, folder: Path, tmp_path: Path) -> None:
+    here = engines_of(RolloutConfig(engine="hf", engines=2, slots=8), folder / "p0", tmp_path)
+    wanted, _, _ = sample(here, folder, make_pool=talking)
+    assert any(list(c.mask).count(0) == 3 for c in wanted.values())
+    there = servers(2)
+    engines = engines_of(there.rollout(), folder / "p0", tmp_path)
+    got, _, said = sample(engines, folder, make_pool=talking)
+    assert_same(got, wanted, but=("engine",))  # which engine has a turn is a matter of time, what it says is not
+    assert said == []
+    again = threading.Timer(0.5, there.start_again, [0])
+    got, numbers, said = sample(engines, folder, {5: lambda: there.lose(0), 6: again.start}, make_pool=talking)
+    assert_same(got, wanted, but=("engine",))
+    assert numbers["engines/alive"] == 2 and [line.split(",")[0] for line in said] == ["engine engine-0 died", "engine engine-0 is back"], (
+        said
+    )
 
 
 def test_broken_connections_lose_nothing_and_do_nothing_twice(servers, folder: Path, tmp_path: Path, local: Done) -> None:
@@ -314,6 +351,35 @@ def test_a_half_sent_update_touches_nothing(servers, folder: Path, tmp_path: Pat
     engine.start(mailbox)  # another life, and the whole update
     sync.push(policies.Checkpoint(folder / "p1"), version=1)
     assert engine.health().version == 1 and not torch.equal(views["lm_head.weight"], before["lm_head.weight"])
+    engine.close()
+    sync.close()
+
+
+def test_an_engine_samples_while_its_update_crosses_and_a_life_that_did_not_get_it_does_not_take_it(
+    servers, folder: Path, tmp_path: Path
+) -> None:
+    there = servers()
+    (engine,) = engines_of(there.rollout(), folder / "p0", tmp_path)
+    mailbox: SimpleQueue[Any] = SimpleQueue()
+    engine.start(mailbox)
+    sync = WeightSync([engine], read_manifest(folder / "p0"))
+    assert sync.file is not None and isinstance(engine, Far)
+    sync.file.write(policies.Checkpoint(folder / "p1").export())
+    engine.submit([Request("p", "p#g", 0, 0, 0, np.arange(4, dtype=np.int32), Sampling(max_tokens=TOKENS))])
+    engine.bring(1, sync.file.chunks)
+    while not isinstance(event := mailbox.get(timeout=10), Finished):
+        pass
+    assert set(event.completion.policy_version.tolist()) == {0}  # it was never stopped for it
+    there.lose(0)
+    assert isinstance(mailbox.get(timeout=10), Died)
+    there.start_again(0)
+    engine.start(mailbox)
+    with pytest.raises(EngineDead, match="began another life in the middle of an update"):
+        engine.end_update()
+    assert engine.health().version == 0 and engine.health().alive
+    engine.bring(1, sync.file.chunks)
+    engine.end_update()
+    assert engine.health().version == 1
     engine.close()
     sync.close()
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -200,6 +201,36 @@ def test_engines_are_updated_side_by_side() -> None:
     for engine in engines:
         assert engine.version == 7
         assert_same(engine.weights, random_weights(0))
+    sync.close()
+
+
+class FarMemoryEngine(MemoryEngine):
+    """On another machine: `end_update` is where the gathered update reaches what it samples from."""
+
+    def bring(self, version: int, chunks: Sequence[WeightChunk]) -> None:
+        self.begin_update(version)
+        for chunk in chunks:
+            self.load(chunk)
+
+
+def test_an_update_crosses_to_another_machine_before_anything_stands_still() -> None:
+    near, far = MemoryEngine("near"), FarMemoryEngine("far")
+    sync = WeightSync([near, far], MANIFEST)
+    calls: list[tuple[list[str], list[str]]] = []
+
+    @contextmanager
+    def standing_still(version: int) -> Iterator[None]:
+        calls.append((near.calls[:], far.calls[:]))
+        yield
+
+    sync.standing_still = standing_still
+    sync.push(TableLearner(random_weights(0)), version=1)
+    assert calls == [([], ["begin", "load"])]
+    assert near.calls == far.calls == ["begin", "load", "end"]
+    far.start(SimpleQueue())  # another life
+    sync.replay(far)
+    assert far.calls == ["begin", "load", "end"] and far.version == 1
+    assert_same(far.weights, random_weights(0))
     sync.close()
 
 
