@@ -158,10 +158,10 @@ def values(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
-def write(folder: Path, fp8: bool) -> dict[str, torch.Tensor]:
+def write(folder: Path, fp8: bool, seed: int = 0) -> dict[str, torch.Tensor]:
     """Config, two shards and their index, as a release has them (a tokenizer has to be added); returns what was written."""
     folder.mkdir(parents=True)
-    found = tensors(fp8)
+    found = tensors(fp8, seed)
     names = sorted(found)
     shards = (names[: len(names) // 2], names[len(names) // 2 :])  # a weight and its scales may stand in different files
     weight_map = {}

@@ -52,3 +52,11 @@ def test_transformers_runs_the_trunk_of_a_bf16_checkpoint_as_we_do(tmp_path: Pat
     ours = load_model(tmp_path / "published", torch.float32, attention_name="sdpa")
     ids = torch.arange(2, 30)[None]
     assert torch.equal(ours(ids).logits, theirs(ids).logits)
+
+
+def test_transformers_refuses_codes_whose_last_block_is_cut_off(tmp_path: Path) -> None:
+    """As those of `kv_a_proj_with_mqa` are in every DeepSeek-V3: "Weight shape (576, 256) not divisible by scale grid (5, 2)". `rl.export
+    --precision bf16` is the way to it."""
+    write(tmp_path / "published", fp8=True)
+    with pytest.raises(RuntimeError, match="issues during automatic conversion of the weights"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "published", dtype=torch.float32)

@@ -6,6 +6,7 @@ from queue import SimpleQueue
 
 import numpy as np
 import policies
+import published
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -56,6 +57,13 @@ def sample(engine: VllmEngine, mailbox: "SimpleQueue[Event]") -> list[Completion
     return sorted(found, key=lambda c: c.index)
 
 
+def published_in_codes(path: Path, *, seed: int, dtype: torch.dtype) -> Path:
+    """With its multi-token prediction module, which a vLLM that drafts nothing passes over, in files and updates alike."""
+    published.write(path, fp8=True, seed=seed)
+    policies.character_tokenizer(published.V).save_pretrained(path)
+    return path
+
+
 MAKERS = [policies.tiny_qwen3_moe, policies.tiny_deepseek_v3]
 
 
@@ -101,7 +109,7 @@ def test_an_engine_that_was_updated_with_codes_equals_a_fresh_one(make: Callable
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("make", [*MAKERS, published_in_codes])
 def test_an_engine_in_fp32_has_the_values_of_the_learner(make: Callable[..., Path], tmp_path: Path) -> None:
     """With every tensor in a chunk of its own, so that codes and scales never come together."""
     recipe = PolicyConfig(path="", precision="fp8", fp8=Fp8Config(rest="fp32", quantize_activations=False))
