@@ -135,7 +135,7 @@ def completion_again(record: Record, expert: "Expert", recipe: CurateRecipe) -> 
         found[completion.index] = completion
 
     with tempfile.TemporaryDirectory(prefix="cohort-why-") as logs:
-        engines = make_engines(expert.recipe.rollout, expert.recipe.policy, expert.folder, expert.max_model_len, Path(logs))
+        engines = make_engines(expert.recipe.rollout, expert.recipe.policy, expert.folder, expert.max_model_len, Path(logs), say=print)
         with RolloutPool(engines) as pool:
             indices = range(rollout.group_size) if engines[0].whole_groups else [provenance.index]
             pool.collect([[request(expert, expert.prompts[position], attempt, index, sampling) for index in indices]], keep)

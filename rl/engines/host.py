@@ -104,8 +104,10 @@ class Life:
 class Host:
     """Lends an engine; every method may be called from any thread."""
 
-    def __init__(self, engine: Engine, facts: dict[str, str], manifest: Manifest, max_model_len: int | None) -> None:
-        """facts: of `rl.engines.make.facts_of`; manifest: what the policy's files hold; max_model_len: None is no limit.
+    def __init__(
+        self, engine: Engine, facts: dict[str, str], manifest: Manifest, max_model_len: int | None, says: Sequence[str] = ()
+    ) -> None:
+        """facts: of `rl.engines.make.facts_of`; manifest: what the policy's files hold; max_model_len: None is no limit; says: Welcome's.
 
         Begins to load the policy at once.
         """
@@ -113,6 +115,7 @@ class Host:
         self.facts = facts
         self.manifest = manifest
         self.max_model_len = max_model_len
+        self.says = tuple(says)
         self.life: Life = Life(engine)
         self.owner: Hello | None = None
         self._session = ""
@@ -142,7 +145,7 @@ class Host:
             self._file = WeightFile(hello.manifest) if hello.manifest else None
             self.owner, self._session, self._heard = hello, secrets.token_hex(16), time.monotonic()
             log.info("lent to %s", hello.name)
-            return Welcome(self._session, self.engine.slots)
+            return Welcome(self._session, self.engine.slots, self.says)
 
     def _check(self, hello: Hello) -> None:
         for name, ours in self.facts.items():

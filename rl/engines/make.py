@@ -49,7 +49,7 @@ def make_engines(
     """
     if rollout.elsewhere:
         assert max_model_len is not None
-        return _elsewhere(rollout, policy, max_model_len, facts_of(rollout, policy, returns_routes), dict(manifest or {}))
+        return _elsewhere(rollout, policy, max_model_len, facts_of(rollout, policy, returns_routes), dict(manifest or {}), say)
     codes = policy.precision == "fp8" and policy.lora is None
     dtype = DTYPES[policy.fp8.rest if policy.precision == "fp8" else policy.precision]
     gpus = torch.cuda.device_count()
@@ -89,7 +89,12 @@ def make_engines(
 
 
 def _elsewhere(
-    rollout: RolloutConfig, policy: PolicyConfig, max_model_len: int, facts: dict[str, str], manifest: dict[str, TensorSpec]
+    rollout: RolloutConfig,
+    policy: PolicyConfig,
+    max_model_len: int,
+    facts: dict[str, str],
+    manifest: dict[str, TensorSpec],
+    say: Callable[[str], None],
 ) -> list[Engine]:
     names = [f"engine-{number}" for number in range(len(rollout.servers) or rollout.engines)]
     transports: Sequence[Transport]
@@ -100,7 +105,7 @@ def _elsewhere(
         from rl.engines.ray_actor import ray_transports  # loads ray
 
         transports = ray_transports(rollout, policy, max_model_len, returns_routes=facts["routes"] == "returned")
-    fleet = Fleet(len(names))
+    fleet = Fleet(len(names), say)
     me = f"process {os.getpid()} on {socket.gethostname()}"
     return [
         RemoteEngine(
@@ -128,8 +133,11 @@ def make_host(
     facts = facts_of(rollout, policy, returns_routes)
     rollout = rollout.model_copy(update={"servers": [], "placement": "split", "engines": 1})
     folder = engine_policy(policy, policy_folder(policy.path, policy.revision), work / "policy")
-    (engine,) = make_engines(rollout, policy, folder, max_model_len, work, returns_routes=returns_routes, over_nodes=over_nodes)
-    return Host(engine, facts, read_manifest(folder), max_model_len if rollout.engine == "vllm" else None)
+    says: list[str] = []
+    (engine,) = make_engines(
+        rollout, policy, folder, max_model_len, work, returns_routes=returns_routes, over_nodes=over_nodes, say=says.append
+    )
+    return Host(engine, facts, read_manifest(folder), max_model_len if rollout.engine == "vllm" else None, says)
 
 
 def facts_of(rollout: RolloutConfig, policy: PolicyConfig, returns_routes: bool) -> dict[str, str]:

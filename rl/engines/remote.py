@@ -17,7 +17,7 @@ only when no host has answered for minutes is that an error.
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
@@ -61,11 +61,22 @@ class Transport(Protocol):
 
 
 class Fleet:
-    """The remote engines of a run, and since when which of them cannot be reached."""
+    """The remote engines of a run: since when which of them cannot be reached, and what they have to say."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, say: Callable[[str], None] = lambda line: None) -> None:
         self.count = count
         self.away: dict[str, float] = {}
+        self._say = say
+        self._said: set[str] = set()
+        self._saying = threading.Lock()
+
+    def tell(self, lines: Sequence[str]) -> None:
+        """Says each line once, however many engines have it."""
+        with self._saying:
+            for line in lines:
+                if line not in self._said:
+                    self._said.add(line)
+                    self._say(line)
 
     def gone_s(self) -> float:
         """Seconds for which none of them could be reached."""
@@ -111,6 +122,7 @@ class RemoteEngine:
             try:
                 welcome = self.transport.connect(self.hello)
                 del self.fleet.away[self.name]
+                self.fleet.tell(welcome.says)
                 return welcome
             except (EngineDead, InputError) as error:
                 self._trouble = str(error)

@@ -43,6 +43,8 @@ class Welcome:
 
     session: str
     slots: int
+    says: tuple[str, ...] = ()
+    """What of the engine's settings had to be repaired, a line each, for whoever started the run."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch
 import rl.engines.host
 import rl.engines.http_client
 import rl.engines.lives
+import rl.engines.make
 import rl.engines.remote
 import rl.serve
 import rl.train
@@ -321,6 +322,24 @@ def test_a_page_in_a_browser_cannot_send_what_a_server_takes(servers) -> None:
     there = servers()
     answer = httpx.post(f"{there.urls[0]}/leave", content=encode(["x"]), headers={"Content-Type": "text/plain"}, trust_env=False)
     assert answer.status_code == 415
+
+
+def test_what_hosts_had_to_repair_is_said_where_the_run_was_started_and_once(servers, folder: Path, tmp_path: Path) -> None:
+    latent = policies.tiny_deepseek_v3(tmp_path / "latent", seed=0, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rl.engines.make, "Host", lambda *given: given)  # which would begin to load
+        given: Any = make_host(RolloutConfig(engine="vllm"), PolicyConfig(path=str(latent)), 64, tmp_path / "work")
+    line = given[-1][0]
+    assert "rotary_embedding runs without it" in line
+    there = servers(2)
+    for server in there.up:
+        server.host.says = (line,)
+    said: list[str] = []
+    policy = folder / "p0"
+    for engine in make_engines(there.rollout(), PolicyConfig(path=str(policy)), policy, 64, tmp_path, returns_routes=True, say=said.append):
+        engine.start(SimpleQueue())
+        engine.close()
+    assert said == [line]
 
 
 def test_a_half_sent_update_touches_nothing(servers, folder: Path, tmp_path: Path) -> None:
