@@ -5,7 +5,9 @@ It reads what the trunk made of token i and the embedding of token i+1, and pred
     h'_i = M [RMSNorm(Emb(t_{i+1})); RMSNorm(h_i)]        (eq. 21; checkpoints put the embedding first)
     p(t_{i+2} | t_{<=i+1}) = OutHead(RMSNorm(TRM(h')_i))  (eq. 22, 23)
 
-h is the trunk's output after its final norm, as in the published weights' inference code. transformers drops the module when it loads a
+h is the trunk's output after its final norm, as in the published weights' inference code, and as there the row at position 0, which
+reads the first two tokens of a prompt, gets a zero for its embedding: vLLM and SGLang blank it, and a module that had leant on that row
+drafts nonsense in them. transformers drops the module when it loads a
 checkpoint (`model.layers.<num_hidden_layers>.*`). Here it is one layer more in the decoder's list, which the decoder does not run: so
 its tensors have their published names wherever tensors are walked - optimizer, checkpoint, weight update - and embedding and head are
 written once more at the end, as published.
@@ -164,7 +166,8 @@ def mtp_hidden(model: PreTrainedModel, embedded_TD: torch.Tensor, hidden_TD: tor
     position = rows.position_T[None]
     rotary = decoder.rotary_emb(hidden_TD, position)
     cohort = layout_of(rows)
-    out = layer(embedded_TD[own_R][None], hidden_TD[before_R][None], position_ids=position, position_embeddings=rotary, cohort=cohort)
+    embedded_RD = embedded_TD[own_R].masked_fill(rows.position_T[:, None] == 0, 0.0)
+    out = layer(embedded_RD[None], hidden_TD[before_R][None], position_ids=position, position_embeddings=rotary, cohort=cohort)
     return out[0][rows.source_N]
 
 

@@ -79,7 +79,8 @@ def plain_loss(published: Path, groups: list[Group], detach: bool) -> tuple[torc
             hidden, embedded = decoder(ids).last_hidden_state, decoder.embed_tokens(ids)
             if detach:
                 hidden, embedded = hidden.detach(), embedded.detach()
-            x = layer.eh_proj(torch.cat([layer.enorm(embedded[:, 1:]), layer.hnorm(hidden[:, :-1])], dim=-1))
+            embedded = torch.cat([torch.zeros_like(embedded[:, :1]), embedded[:, 2:]], dim=1)  # that of position 0 is blanked
+            x = layer.eh_proj(torch.cat([layer.enorm(embedded), layer.hnorm(hidden[:, :-1])], dim=-1))
             position = torch.arange(x.shape[1])[None]
             mask = torch.full((x.shape[1],) * 2, -torch.inf, dtype=torch.float64).triu(1)[None, None]
             rotary = decoder.rotary_emb(x, position)
