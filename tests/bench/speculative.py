@@ -4,7 +4,12 @@
 
 Samples two-digit sums at temperature 1 with and without speculation, one draft token a step, and prints the share of drafts that were
 accepted and the mean log-prob of what was sampled either way. The offline number to compare with is `mtp/acceptance` in metrics.jsonl,
-or `mtp_acceptance` after SFT. On a CPU nothing becomes faster by it; on a GPU it has not run.
+or `mtp_acceptance` after SFT; vLLM drafts the likeliest token and not a sampled one, so its share is another number. On a CPU nothing
+becomes faster by it; on a GPU it has not run.
+
+vLLM 0.32 on a CPU samples nonsense where it speculates at a temperature: its C kernel writes each token's temperature into a copy
+(`_expand_kernel_impl` in vllm/utils/cpu_triton_utils.py), and what is divided by is memory that nobody wrote. Here torch does that step;
+`--as-it-is` leaves the fault in.
 """
 
 import argparse
@@ -17,11 +22,19 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"
 from pathlib import Path
 
 import numpy as np
+import torch
+import vllm.v1.sample.rejection_sampler
 from vllm import LLM, SamplingParams
 
 from data.arithmetic import rows
 from rl.engines.repairs import cpu_repairs
 from rl.policy import load_tokenizer
+
+
+def expand(x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0) -> torch.Tensor:
+    """[requests] -> [tokens]: each request's value for each of its draft tokens."""
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+    return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts)
 
 
 def sample(policy: Path, prompts: list[list[int]], speculate: bool) -> tuple[float, dict[str, float]]:
@@ -44,7 +57,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("policy", type=Path)
     parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--as-it-is", action="store_true", help="vLLM's own step from requests to tokens")
     args = parser.parse_args()
+    if not args.as_it_is:
+        vllm.v1.sample.rejection_sampler.expand_batch_to_tokens = expand
     tokenizer = load_tokenizer(args.policy)
     texts = [row["prompt"] for row in rows({"digits": 2}, "test")[: args.prompts]]
     prompts = [tokenizer(text)["input_ids"] for text in texts]
