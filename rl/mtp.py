@@ -5,9 +5,9 @@ It reads what the trunk made of token i and the embedding of token i+1, and pred
     h'_i = M [RMSNorm(Emb(t_{i+1})); RMSNorm(h_i)]        (eq. 21; checkpoints put the embedding first)
     p(t_{i+2} | t_{<=i+1}) = OutHead(RMSNorm(TRM(h')_i))  (eq. 22, 23)
 
-h is the trunk's output after its final norm, as in the published weights' inference code, and as there the row at position 0, which
-reads the first two tokens of a prompt, gets a zero for its embedding: vLLM and SGLang blank it, and a module that had leant on that row
-drafts nonsense in them. transformers drops the module when it loads a
+h is the trunk's output after its final norm, as in the published weights' inference code. The row at position 0, which reads the first
+two tokens of a sequence, gets a zero for its embedding, as in vLLM: a module that leant on that row would draft otherwise there.
+transformers drops the module when it loads a
 checkpoint (`model.layers.<num_hidden_layers>.*`). Here it is one layer more in the decoder's list, which the decoder does not run: so
 its tensors have their published names wherever tensors are walked - optimizer, checkpoint, weight update - and embedding and head are
 written once more at the end, as published.
@@ -52,13 +52,15 @@ class MtpLayer(DeepseekV3DecoderLayer):
         self.eh_proj = nn.Linear(2 * width, width, bias=False)
         self.shared_head = nn.ModuleDict({"norm": DeepseekV3RMSNorm(width, eps=eps)})
 
-    def forward(self, embedded: torch.Tensor, hidden: torch.Tensor, **attention: Any) -> torch.Tensor:
-        """What the output head reads, from embeddings and hidden states [..., R, D]; `attention` is what a decoder layer takes.
+    def forward(self, embedded: torch.Tensor, hidden: torch.Tensor, position_ids: torch.Tensor, **attention: Any) -> torch.Tensor:
+        """What the output head reads, from embeddings and hidden states [..., R, D] at positions [..., R]; `attention` is what a decoder
+        layer takes.
 
         All of it is one call of this module: a sharded one gathers its weights for the call.
         """
+        embedded = embedded.masked_fill(position_ids[..., None] == 0, 0.0)
         combined = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1)).to(hidden.dtype)  # eq. 21
-        return self.shared_head["norm"](super().forward(combined, **attention))
+        return self.shared_head["norm"](super().forward(combined, position_ids=position_ids, **attention))
 
 
 def mtp_layer(model: PreTrainedModel) -> MtpLayer | None:
@@ -166,8 +168,7 @@ def mtp_hidden(model: PreTrainedModel, embedded_TD: torch.Tensor, hidden_TD: tor
     position = rows.position_T[None]
     rotary = decoder.rotary_emb(hidden_TD, position)
     cohort = layout_of(rows)
-    embedded_RD = embedded_TD[own_R].masked_fill(rows.position_T[:, None] == 0, 0.0)
-    out = layer(embedded_RD[None], hidden_TD[before_R][None], position_ids=position, position_embeddings=rotary, cohort=cohort)
+    out = layer(embedded_TD[own_R][None], hidden_TD[before_R][None], position_ids=position, position_embeddings=rotary, cohort=cohort)
     return out[0][rows.source_N]
 
 

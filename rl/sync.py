@@ -3,12 +3,13 @@
 Writing comes before sending: the learner exports into the weight file, layer by layer and never the whole model at once, while
 engines may still sample; the file is checked to hold exactly the policy's tensors; only then do the engines load it, all side by
 side. So a bad export reaches no engine, and an engine stands still no longer than its own copy takes: to another machine the update
-crosses before. Where engines sample ahead of the learner, the stream says how they come to stand still (`standing_still`).
+crosses before, but for an engine that began another life meanwhile. Where engines sample ahead of the learner, the stream says how they
+come to stand still (`standing_still`).
 
 The file keeps the update. An engine that is down, or dies of it, is passed over: the pool starts it again, at its first weights, and
 `replay` brings it to the last ones, whatever became of the update in which it was lost. A push and a replay wait for one another.
 
-Engines share the learner's machine. Between its GPUs, `rl.engines.nccl.NcclSync` does the same without the file.
+Between GPUs of one machine, `rl.engines.nccl.NcclSync` does the same without the file.
 """
 
 import threading
@@ -19,7 +20,8 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from rl.engines.base import Engine, EngineDead, Far, WeightChunk
+from rl.engines.base import Engine, EngineDead, WeightChunk
+from rl.engines.remote import RemoteEngine
 from rl.engines.weights import Exporter, Manifest, WeightFile
 
 
@@ -30,15 +32,17 @@ class SyncStats:
     version: int
     bytes: int
     write_s: float
-    """The learner's export, the copy into the file, and what other machines take to receive it."""
+    """The learner's export and the copy into the file."""
     wait_s: float
     """Until the engines stood still."""
     load_s: float
     """From the file into all engines that live."""
+    bring_s: float = 0.0
+    """Before they stood still: until other machines had received it."""
 
     def metrics(self) -> dict[str, float]:
         """As numbers of a step."""
-        return {"sync/bytes": self.bytes, "time/sync_s": self.write_s + self.wait_s + self.load_s}
+        return {"sync/bytes": self.bytes, "time/sync_s": self.write_s + self.bring_s + self.wait_s + self.load_s}
 
 
 class WeightSync:
@@ -69,13 +73,14 @@ class WeightSync:
         with self._file_in_use:
             self.file.write(learner.export())
             self.version = version
-            self._each(self._bring, [engine for engine in self.engines if isinstance(engine, Far)])
-        written = time.perf_counter()
+            written = time.perf_counter()
+            self._each(self._bring, [engine for engine in self.engines if isinstance(engine, RemoteEngine)])
+        brought = time.perf_counter()
         with self.standing_still(version):
             still = time.perf_counter()
             with self._file_in_use:
                 self._each(self._load, self.engines)
-        self.stats = SyncStats(version, self.file.bytes, written - began, still - written, time.perf_counter() - still)
+        self.stats = SyncStats(version, self.file.bytes, written - began, still - brought, time.perf_counter() - still, brought - written)
 
     def metrics(self) -> dict[str, float]:
         """The last push as numbers of a step."""
@@ -86,7 +91,7 @@ class WeightSync:
         """Brings an engine that has just started to the last update, from any thread; before the first there is nothing to do."""
         with self._file_in_use:
             if self.version:
-                if isinstance(engine, Far):
+                if isinstance(engine, RemoteEngine):
                     self._bring(engine)
                 self._load(engine)
 
@@ -100,11 +105,11 @@ class WeightSync:
         with ThreadPoolExecutor(max(1, len(engines))) as threads:
             list(threads.map(if_alive, engines))
 
-    def _bring(self, engine: Far) -> None:
+    def _bring(self, engine: RemoteEngine) -> None:
         engine.bring(self.version, self._chunks())
 
     def _load(self, engine: Engine) -> None:
-        if not isinstance(engine, Far):
+        if not isinstance(engine, RemoteEngine):
             engine.begin_update(self.version)
             for chunk in self._chunks():
                 engine.load(chunk)

@@ -14,7 +14,7 @@ next update, so an engine that restarts can be brought to the current weights wi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -193,11 +193,3 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Ends this life, hung or not, and frees what it holds. May be called twice, and from another thread while it starts."""
-
-
-@runtime_checkable
-class Far(Protocol):
-    """An engine on another machine: an update is gathered there, and touches what it samples from in `end_update` alone."""
-
-    def bring(self, version: int, chunks: Sequence[WeightChunk]) -> None:
-        """Sends a whole update while the engine samples. `end_update` is left to do, and raises EngineDead in another life."""

@@ -135,19 +135,25 @@ class RayTransport:
         return self._get(self.actor.connect.remote(hello), None)
 
     def calls(self, session: str, number: int, calls: Sequence[Call]) -> list[Answer | Broken]:
-        return self._get(self.actor.calls.remote(session, number, list(calls)), None)
+        return self._get(self._there().calls.remote(session, number, list(calls)), None)
 
     def events(self, session: str, after: int) -> list[Event | Ready | Failed]:
-        return self._get(self.actor.events.remote(session, after), POLL_s + SILENT_s)
+        return self._get(self._there().events.remote(session, after), POLL_s + SILENT_s)
 
     def weights(self, session: str, chunk: WeightChunk, version: int) -> None:
-        self._get(self.actor.weights.remote(session, list(chunk.slots), self.shelf.put(chunk, version)), None)
+        self._get(self._there().weights.remote(session, list(chunk.slots), self.shelf.put(chunk, version)), None)
 
     def leave(self, session: str) -> None:
         if self.actor is not None:
             with suppress(RayError, GetTimeoutError):
                 ray.get(self.actor.end.remote(), timeout=END_s)
         self._end()
+
+    def _there(self) -> Any:
+        actor = self.actor  # another thread may end it
+        if actor is None:
+            raise EngineDead(f"{self.where} has ended")
+        return actor
 
     def _end(self) -> None:
         actor, self.actor = self.actor, None

@@ -85,7 +85,7 @@ class Fleet:
 
 
 class RemoteEngine:
-    """Implements `rl.engines.base.Engine` and `Far`."""
+    """Implements `rl.engines.base.Engine`. An update is gathered there first, and touches what is sampled from in `end_update` alone."""
 
     def __init__(self, name: str, transport: Transport, hello: Hello, fleet: Fleet, *, slots: int, whole_groups: bool) -> None:
         """slots: until the host has said how many it has."""
@@ -98,6 +98,8 @@ class RemoteEngine:
         self._link: _Link | None = None
         self._updating: _Link | None = None
         """The life in which the last update began."""
+        self._brought: tuple[_Link, int] | None = None
+        """The life that has all of an update, and its version."""
         self._stop = threading.Event()
         self._lived = False
         self._trouble = ""
@@ -160,9 +162,15 @@ class RemoteEngine:
         self._in_update().ask("end_update")
 
     def bring(self, version: int, chunks: Sequence[WeightChunk]) -> None:
+        """Sends a whole update while the engine samples; one that this life has is not sent again. `end_update` is left to do, and raises
+        EngineDead in another life."""
+        link = self._alive()
+        if (link, version) == self._brought:
+            return
         self.begin_update(version)
         for chunk in chunks:
             self.load(chunk)
+        self._brought = (link, version)
 
     def sleep(self) -> None:
         self._alive().ask("sleep")
@@ -183,9 +191,10 @@ class RemoteEngine:
             link.close()
 
     def _alive(self) -> "_Link":
-        if self._link is None or not self._link.ready.done():
+        link = self._link  # another thread may close it
+        if link is None or not link.ready.done():
             raise EngineDead(f"engine {self.name} is not running: it was not started, or closed")
-        return self._link
+        return link
 
     def _in_update(self) -> "_Link":
         link = self._alive()

@@ -166,7 +166,9 @@ class WeightFile:
             self._missing.pop(slot.name, None)
 
     def complete(self) -> None:
-        """The update is whole, and `chunks` gives it. WeightMismatch if a tensor did not come."""
+        """The update is whole, and `chunks` gives it. WeightMismatch if a tensor did not come, or none was begun."""
+        if self._missing is None and not self._complete:
+            raise WeightMismatch("weight update: it is to end, and none was begun")
         if self._missing:
             some = ", ".join(list(self._missing)[:3])
             raise WeightMismatch(

@@ -213,10 +213,11 @@ def main() -> None:
     print(f"on-policy a step samples for {rollout:.0f} units of time; its tokens fill the slots for {work:.0f}")
     for name, learn in (("learn = rollout", rollout), ("learn = 2/3 rollout", rollout * 2 / 3), ("learn = work", work)):
         base = 0.0
-        print(f"{name}: {learn:.0f} units; bound {(rollout + learn) / max(learn, work):.2f} x")
         for case, settings in CASES.items():
             found = simulate(arguments.steps, learn, **settings)
-            base = base or found.per_step
+            if not base:
+                base = found.per_step
+                print(f"{name}: {learn:.0f} units; bound {base / max(learn, work):.2f} x")
             print(
                 f"  {case:<38} {found.per_step:7.0f} a step  {base / found.per_step:5.2f} x  slots {100 * found.busy:4.0f} %  "
                 f"age {found.ages:4.2f}  stale {found.stale:.0f}  distance {found.distance:.4f}",

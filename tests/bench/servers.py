@@ -123,7 +123,7 @@ def main() -> None:
                 "gigabytes": round(stats.bytes / 1e9, 3),
                 "copy_s": round(copied, 3),
                 "write_s": round(stats.write_s, 3),
-                "http_s": round(stats.load_s, 3),
+                "http_s": round(stats.bring_s + stats.load_s, 3),
                 "copy_cpu_s": round(copied_cpu, 2),
                 "push_cpu_s": round(used, 2),
             }

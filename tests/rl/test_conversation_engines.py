@@ -125,8 +125,9 @@ DIGITS = "def digits(completions, **columns):\n    return [sum(c.isdigit() for c
 
 
 @pytest.mark.slow
-def test_a_run_of_conversations_goes_on_after_a_stop_to_the_bit(policy: Path, tmp_path: Path) -> None:
-    """Some fail: on resuming they are asked again, and fail again. The other run shares its machine with the learner by turns."""
+@pytest.mark.parametrize("placement", ["split", "colocate"])
+def test_a_run_of_conversations_goes_on_after_a_stop_to_the_bit(placement: str, policy: Path, tmp_path: Path) -> None:
+    """Some fail: on resuming they are asked again, and fail again. Taking turns with the learner changes no bit either."""
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{a}{b}"}}\n' for a in "0123" for b in "456"))
     (tmp_path / "talk.py").write_text(TALK)
     (tmp_path / "plugin.py").write_text(DIGITS)
@@ -140,9 +141,8 @@ def test_a_run_of_conversations_goes_on_after_a_stop_to_the_bit(policy: Path, tm
     run()
     out, whole = tmp_path / "out" / "run", tmp_path / "whole"
     out.rename(whole)
-    taking_turns = "rollout.placement=colocate"  # changes who waits for whom, and no bit
-    run("learner.steps=2", taking_turns)
-    run(taking_turns)
+    run("learner.steps=2", f"rollout.placement={placement}")
+    run(f"rollout.placement={placement}")
     rows, wanted = (
         [without_times(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (out, whole)
     )

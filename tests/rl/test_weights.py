@@ -15,6 +15,7 @@ from policies import tiny_qwen3_moe
 from safetensors.torch import load_file
 
 from rl.engines.base import EngineDead, Health, Mailbox, Request, WeightChunk
+from rl.engines.remote import RemoteEngine
 from rl.engines.weights import TensorSpec, WeightFile, WeightMismatch, read_chunk, read_manifest
 from rl.sync import WeightSync
 
@@ -197,14 +198,14 @@ def test_engines_are_updated_side_by_side() -> None:
     sync.push(TableLearner(random_weights(0)), version=7)
     metrics = sync.metrics()
     assert metrics["sync/bytes"] == 64 + 64 + 64 + 64  # 60, 56, 56 and 4, each from a multiple of 64
-    assert metrics["time/sync_s"] == sync.stats.write_s + sync.stats.wait_s + sync.stats.load_s > 0
+    assert metrics["time/sync_s"] == sync.stats.write_s + sync.stats.bring_s + sync.stats.wait_s + sync.stats.load_s > 0
     for engine in engines:
         assert engine.version == 7
         assert_same(engine.weights, random_weights(0))
     sync.close()
 
 
-class FarMemoryEngine(MemoryEngine):
+class FarMemoryEngine(MemoryEngine, RemoteEngine):
     """On another machine: `end_update` is where the gathered update reaches what it samples from."""
 
     def bring(self, version: int, chunks: Sequence[WeightChunk]) -> None:

@@ -38,7 +38,8 @@ def alone(model, row):
     layer, decoder = mtp_layer(model), model.get_decoder()
     ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
     hidden, embedded = decoder(ids).last_hidden_state, decoder.embed_tokens(ids)
-    x = layer.eh_proj(torch.cat([layer.enorm(embedded[:, 1:]), layer.hnorm(hidden[:, :-1])], dim=-1))
+    embedded = torch.cat([torch.zeros_like(embedded[:, :1]), embedded[:, 2:]], dim=1)  # that of position 0 is blanked
+    x = layer.eh_proj(torch.cat([layer.enorm(embedded), layer.hnorm(hidden[:, :-1])], dim=-1))
     position = torch.arange(x.shape[1])[None]
     mask = torch.full((x.shape[1],) * 2, -torch.inf, dtype=x.dtype).triu(1)[None, None]
     rotary = decoder.rotary_emb(x, position)
