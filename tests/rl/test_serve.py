@@ -19,8 +19,10 @@ from data.values import Completion
 from rl.config import PolicyConfig, RolloutConfig
 from rl.engines.base import Engine, Request, Sampling
 from rl.engines.make import make_engines
+from rl.engines.weights import read_manifest
 from rl.metrics import without_times
 from rl.pool import RolloutPool
+from rl.sync import WeightSync
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 RECIPE = """
@@ -150,11 +152,19 @@ def requests(sampling: Sampling) -> list[list[Request]]:
     return [[Request(f"p{p}", f"g{p}", 0, i, 100 * p + i, prompts[p], sampling, p) for i in range(4)] for p in range(4)]
 
 
-def sample(engines: list[Engine]) -> dict[str, Completion]:
-    got: dict[str, Completion] = {}
+def sample(engines: list[Engine], first: Path, second: Path) -> list[Completion]:
+    """Completions by the policy that the engines were made for, and then the same requests by another one's weights."""
+    got: list[list[Completion]] = []
+    sync = WeightSync(engines, read_manifest(first))
     with RolloutPool(engines) as pool:
-        pool.collect(requests(Sampling(24)), lambda completion: got.update({completion.id: completion}))
-    return got
+        for version in (0, 1):
+            if version:
+                sync.push(policies.Checkpoint(second), version)
+            got.append([])
+            pool.collect(requests(Sampling(24)), got[-1].append)
+            assert {v for c in got[-1] for v in c.policy_version.tolist()} == {version}
+    sync.close()
+    return [c for some in got for c in sorted(some, key=lambda c: c.id)]
 
 
 @pytest.mark.slow
@@ -162,14 +172,16 @@ def test_a_vllm_server_gives_what_vllm_here_gives_and_leaves_nothing_behind(reci
     pytest.importorskip("vllm", reason="vllm is not installed: `make install`")
     recipe.write_text(recipe.read_text().replace("engine: hf", "engine: vllm, slots: 8"))
     server = serve(recipe).ready()
-    policy = tmp_path / "policy"
+    policy, other = tmp_path / "policy", policies.tiny_qwen3_moe(tmp_path / "other", seed=7)
     made = {}
     for name, servers in (("here", []), ("there", [server.url])):
         rollout = RolloutConfig(engine="vllm", slots=8, servers=servers)
-        made[name] = sample(make_engines(rollout, PolicyConfig(path=str(policy)), policy, 512, tmp_path))
-    assert made["here"].keys() == made["there"].keys()
-    for here, there in ((made["here"][key], made["there"][key]) for key in made["here"]):
-        assert here.token_ids.tolist() == there.token_ids.tolist()
+        engines = make_engines(rollout, PolicyConfig(path=str(policy)), policy, 512, tmp_path, manifest=read_manifest(policy))
+        made[name] = sample(engines, policy, other)
+    before, after = made["here"][:16], made["here"][16:]
+    assert sum(a.token_ids.tolist() != b.token_ids.tolist() for a, b in zip(before, after, strict=True)) > 8
+    for here, there in zip(made["here"], made["there"], strict=True):
+        assert here.id == there.id and here.token_ids.tolist() == there.token_ids.tolist()
         assert here.engine_logp.tobytes() == there.engine_logp.tobytes()
     family = server.family()
     assert len(family) > 2  # vLLM's process, and what guards it
