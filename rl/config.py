@@ -229,7 +229,8 @@ class LossConfig(Section):
     kl: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL (Schulman 2020); k3 is unbiased and non-negative."""
     ratio_base: Literal["learner", "engine"] = "learner"
-    """Whose log-probs are old_logp: the learner's at the start of the step, or the engine's."""
+    """Whose log-probs are old_logp: the learner's at the start of the step, or the engine's. Where engines sample ahead of the learner,
+    engine bounds what steps do together to what was sampled once, and saves a pass."""
     correction: Literal["none", "token", "sequence", "geometric"] = "token"
     """Weight for engine against learner, exp(old_logp - engine_logp): truncated by token, or masked by sequence."""
     correction_max: float = Field(2.0, gt=1.0)
