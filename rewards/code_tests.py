@@ -45,6 +45,8 @@ class Verdict:
     said: str = ""
     wrote: str = ""
     """The end of what the program wrote."""
+    waited_s: float = 0.0
+    """Of the test's time, what the program waited for a CPU that others had."""
 
 
 def prepare(reward: str = "all", limits: dict[str, Any] | None = None, total_s: float = 25.0, backend: str = "auto") -> str:
@@ -144,14 +146,15 @@ def grade(
 ) -> tuple[float, str]:
     """The share of tests passed, 0 if none that proves anything; `stop_early`: 1 or 0. And the detail of the first failure.
 
-    What `total_s` has no time for counts as `timeout`.
+    What `total_s`, less what programs waited for a CPU, has no time for counts as `timeout`.
     """
-    passed, proved, detail, end = 0, False, "", time.monotonic() + total_s
+    passed, proved, detail, left_s = 0, False, "", total_s
     for index, test in enumerate(tests):
-        left_s = end - time.monotonic()
         verdict = Verdict("timeout", f"the tests took more than {total_s:g} s together")
         if left_s > 0:
+            began = time.monotonic()
             verdict = run_test(sandbox, source, test, replace(limits, wall_s=min(limits.wall_s, left_s)))
+            left_s -= time.monotonic() - began - verdict.waited_s
         if verdict.name == "passed":
             passed += 1
             proved = proved or _proves(test)
@@ -165,20 +168,31 @@ def grade(
 def run_test(sandbox: Sandbox, source: str, test: dict[str, Any], limits: Limits) -> Verdict:
     """One test in a fresh process."""
     if test.get("asserts") is not None:
-        return _run_asserts(sandbox, source, test, limits)
-    if test.get("function") is not None:
-        ending = sandbox.call(source, test["function"], test["args"], limits)
-        if failed := _failure(ending):
-            return failed
-        if ending.result is None:
-            return Verdict("crashed", "it ended without giving a value", _tail(ending))
-        right = same_value(ending.result.get("value"), test["expected"])
-        said = f"{test['function']} gave another value than {test['expected']!r:.100}"
+        program, judged = sandbox.check(source, test["asserts"], test.get("names") or (), limits)
+        verdict = _of_asserts(program, judged)
+    elif test.get("function") is not None:
+        program = sandbox.call(source, test["function"], test["args"], limits)
+        verdict = _of_call(program, test)
     else:
-        ending = sandbox.script(source, test["stdin"], limits)
-        if failed := _failure(ending):
-            return failed
-        right, said = same_lines(ending.stdout.decode("utf-8", "replace"), test["stdout"])
+        program = sandbox.script(source, test["stdin"], limits)
+        verdict = _of_lines(program, test)
+    return replace(verdict, waited_s=program.waited_s)
+
+
+def _of_call(ending: Ending, test: dict[str, Any]) -> Verdict:
+    if failed := _failure(ending):
+        return failed
+    if ending.result is None:
+        return Verdict("crashed", "it ended without giving a value", _tail(ending))
+    if same_value(ending.result.get("value"), test["expected"]):
+        return Verdict("passed")
+    return Verdict("wrong", f"{test['function']} gave another value than {test['expected']!r:.100}", _tail(ending))
+
+
+def _of_lines(ending: Ending, test: dict[str, Any]) -> Verdict:
+    if failed := _failure(ending):
+        return failed
+    right, said = same_lines(ending.stdout.decode("utf-8", "replace"), test["stdout"])
     return Verdict("passed") if right else Verdict("wrong", said, _tail(ending))
 
 
@@ -229,8 +243,7 @@ def _same_pairs(pairs: list[Any], expected: dict[str, Any]) -> bool:
     return got.keys() == expected.keys() and all(same_value(got[key], expected[key]) for key in got)
 
 
-def _run_asserts(sandbox: Sandbox, source: str, test: dict[str, Any], limits: Limits) -> Verdict:
-    program, judged = sandbox.check(source, test["asserts"], test.get("names") or (), limits)
+def _of_asserts(program: Ending, judged: Ending) -> Verdict:
     result = judged.result or {"verdict": judged.how, "said": "with its asserts"}
     verdict, said, wrote = result["verdict"], result.get("said", ""), _tail(program)
     if verdict == "passed":
@@ -253,7 +266,8 @@ def _failure(ending: Ending) -> Verdict | None:
     """The verdict on a program that did not end well."""
     match ending.how:
         case "timeout":
-            return Verdict("timeout", f"after {ending.wall_s:.1f} s and {ending.cpu_s:.1f} s of CPU", _tail(ending))
+            waited = f", {ending.waited_s:.1f} s of it waiting for one" if ending.waited_s >= 0.1 else ""
+            return Verdict("timeout", f"after {ending.wall_s:.1f} s and {ending.cpu_s:.1f} s of CPU{waited}", _tail(ending))
         case "memory" | "processes" | "files" | "output":
             return Verdict("killed", f"for its limit on {ending.how}", _tail(ending))
         case "signal":

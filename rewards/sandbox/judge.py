@@ -13,12 +13,12 @@ import subprocess
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rewards.sandbox.confine import ENVIRONMENT
 from rewards.sandbox.launch import python_command
-from rewards.sandbox.limits import BACKENDS, REQUEST_BYTES, Limits, SandboxError
+from rewards.sandbox.limits import BACKENDS, PATIENCE, REQUEST_BYTES, Limits, SandboxError
 from rewards.sandbox.values import NotPlain, encode, parse
 
 _START_S = 30.0
@@ -42,6 +42,8 @@ class Ending:
     """What it wrote as a result with the right nonce."""
     wall_s: float
     cpu_s: float
+    waited_s: float
+    """Of wall_s, what it was ready to run in and other programs had the CPU, to a twentieth of a second."""
 
 
 class Sandbox:
@@ -89,7 +91,8 @@ class Sandbox:
         with ours, theirs:
             program = self._begin({"kind": "serve", "source": source, "nonce": nonce}, limits, b"", theirs.fileno())
             job = {"kind": "asserts", "text": asserts, "names": list(names), "nonce": nonce}
-            judged = self._begin(job, limits, b"", ours.fileno())
+            # They wait for the program, which has a limit of its own, and as long as that may wait for a CPU.
+            judged = self._begin(job, replace(limits, wall_s=PATIENCE * limits.wall_s), b"", ours.fileno())
         verdict = self._end(judged)
         if verdict.result is None or verdict.result["verdict"] != "ended":
             self._send({"stop": program.number})
@@ -249,7 +252,7 @@ class _Job:
 
     def wait(self) -> Ending:
         """How it ended; TimeoutError if the server does not say it in time."""
-        return self._ending(self._reply.result(self._limits.wall_s + _GRACE_S))
+        return self._ending(self._reply.result(PATIENCE * self._limits.wall_s + _GRACE_S))
 
     def close(self) -> None:
         for fd in self.fds:
@@ -265,7 +268,7 @@ class _Job:
         limit = self._limits.output_mb << 20
         stdout, stderr = os.pread(self._stdout, limit, 0), os.pread(self._stderr, limit, 0)
         how, code = self._how(reply, max(len(stdout), len(stderr)) >= limit)
-        return Ending(how, code, stdout, stderr, self._read_result(limit), reply["wall_s"], reply["cpu_s"])
+        return Ending(how, code, stdout, stderr, self._read_result(limit), reply["wall_s"], reply["cpu_s"], reply["waited_s"])
 
     def _how(self, reply: dict[str, Any], output_full: bool) -> tuple[str, int]:
         status = reply["status"]

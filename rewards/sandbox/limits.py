@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 BACKENDS = ("namespaces", "bubblewrap", "landlock")
 """From the default to the weaker; bubblewrap is used where it is asked for."""
+PATIENCE = 4
+"""Times `wall_s` that a program may take on a machine whose CPUs others have."""
 REQUEST_BYTES = 1 << 14
 """Of a message between judge and server."""
 
@@ -15,7 +17,8 @@ class SandboxError(Exception):
 @dataclass(frozen=True)
 class Limits:
     wall_s: float = 10.0
-    """Seconds from its start to its end."""
+    """Seconds from its start to its end, less those in which it was ready to run and other programs had the CPU; with them at most
+    PATIENCE times as many."""
     cpu_s: int = 6
     """CPU seconds of each of its processes, and of all that live at one time together; whole seconds, as rlimits are."""
     memory_mb: int = 1024

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from rewards.sandbox import bubblewrap, confine, folders, kernel, processes, program, seccomp, semaphores, tracer
-from rewards.sandbox.limits import REQUEST_BYTES, Limits
+from rewards.sandbox.limits import PATIENCE, REQUEST_BYTES, Limits
 
 _TICK_S = 0.05
 _WARM = (
@@ -45,6 +45,9 @@ class _Running:
     report: int
     """Where its tracer writes how it ended; -1 without one."""
     began: float = field(default_factory=time.monotonic)
+    cpu_s: float = 0.0
+    waited_s: float = 0.0
+    """For a CPU. Both as far as was seen while it lived."""
     ended_by: str = ""
     """The limit it was killed for, or `stopped` where the judge had no more use for it."""
 
@@ -161,7 +164,8 @@ class Server:
                 "id": running.number,
                 "by_bubblewrap": self._how.backend == "bubblewrap",
                 "wall_s": time.monotonic() - running.began,
-                "cpu_s": cpu_s,
+                "cpu_s": max(cpu_s, running.cpu_s),  # bubblewrap may end before it has waited for what it ran
+                "waited_s": running.waited_s,
             }
             | said
             | ({"ended_by": running.ended_by} if running.ended_by else {})
@@ -173,13 +177,16 @@ class Server:
         for running in self._running.values():
             elapsed = time.monotonic() - running.began
             pids = processes.tree(running.pid, by_parent)[self._own_pids < 0 :]  # less its tracer
-            if elapsed > running.limits.wall_s:
+            running.cpu_s = max(running.cpu_s, processes.cpu_s(pids))
+            running.waited_s = max(running.waited_s, min(processes.waited_s(pids), elapsed))
+            wall_s = running.limits.wall_s
+            if elapsed - running.waited_s > wall_s or elapsed > PATIENCE * wall_s:
                 self._kill(running, "timeout")
             elif len(pids) > running.limits.processes + self._how.own_processes:
                 self._kill(running, "processes")
             elif len(pids) > 1 and processes.memory(pids) > running.limits.memory_mb << 20:
                 self._kill(running, "memory")
-            elif len(pids) > 1 and processes.cpu_s(pids) > running.limits.cpu_s:
+            elif len(pids) > 1 and running.cpu_s > running.limits.cpu_s:
                 self._kill(running, "timeout")  # the kernel's limit is for each, and many would take the time of other programs
             elif self._how.backend == "landlock" and folders.is_over(running.folder, running.limits.files_mb << 20, pids):
                 self._kill(running, "files")

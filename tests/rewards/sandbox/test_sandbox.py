@@ -8,12 +8,15 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from rewards.code_tests import check_tests, code_tests, find_program, run_test, same_lines, same_value
+from rewards.sandbox import processes
 from rewards.sandbox.judge import Sandbox
 from rewards.sandbox.limits import Limits
 
@@ -64,6 +67,42 @@ def test_humaneval_solutions_pass_and_empty_bodies_fail(sandbox, test_data):
         canonical = sum(threads.map(lambda row: passes(row, row["canonical_solution"]), rows))
         empty = sum(threads.map(lambda row: passes(row, "    pass\n"), rows))
     assert (canonical, empty) == (164, 0)
+
+
+@contextmanager
+def busy(each):
+    """All CPUs are wanted by so many other programs each."""
+    command = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(command) for _ in range(each * len(os.sched_getaffinity(0)))]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+@pytest.mark.slow
+def test_a_program_is_not_wrong_because_others_have_the_cpu(sandbox):
+    """1.5 s of work take more than 3 s where three others want the same CPU; a program that sleeps waits for none."""
+    works = "import time\nwhile time.process_time() < 1.5:\n    pass\nprint('OK')\n"
+    with busy(3):
+        starved = sandbox.script(works, "", Limits(wall_s=3.0))
+        asleep = sandbox.script("import time\ntime.sleep(30)\n", "", Limits(wall_s=3.0))
+        defined = f"def slow():\n{textwrap.indent(works, '    ')}"
+        asserted = run_test(sandbox, defined, {"asserts": "assert slow() is None"}, Limits(wall_s=3.0))
+    assert (starved.how, starved.code, starved.stdout) == ("exit", 0, b"OK\n")
+    assert starved.wall_s > 3.0 and starved.wall_s - starved.waited_s < 3.0
+    assert asleep.how == "timeout" and asleep.waited_s < 1.0
+    assert asserted.name == "passed", asserted
+
+
+def test_what_a_programs_own_threads_keep_from_each_other_is_no_waiting(monkeypatch):
+    threads = {1: [(0.2e9, 3e9), (1e9, 0.5e9)], 2: [(0.5e9, 1e9)]}
+    monkeypatch.setattr(processes, "_schedule", lambda pid: iter(threads[pid]))
+    assert processes.waited_s([1, 2]) == pytest.approx(1.5)  # the first one's 3 s, less the 1.5 s that the others ran
+    assert processes.waited_s([2]) == pytest.approx(1.0)
+    assert processes.waited_s([]) == 0.0
 
 
 def test_many_processes_have_the_cpu_time_of_one_program(sandbox):
