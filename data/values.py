@@ -67,6 +67,10 @@ class Completion:
     failed: Score | None = None
     """Why its conversation (`rollout.conversation`) did not come to an end: the Score it gets, without being judged. It then holds
     what was sampled so far, ends with `abort`, and no journal keeps it."""
+    drafted: int = 0
+    """Tokens that a drafter proposed for it (`rollout.draft_tokens`); no journal keeps it."""
+    drafts_kept: int = 0
+    """How many of them the policy took."""
 
     @property
     def id(self) -> str:

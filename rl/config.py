@@ -104,6 +104,9 @@ class RolloutConfig(Section):
     """Longest that a conversation may take between two turns of the policy; one that takes longer is a failed completion."""
     slots: int = Field(128, ge=1)
     """Completions an engine decodes at once (vLLM's max_num_seqs)."""
+    draft_tokens: int = Field(0, ge=0)
+    """Tokens that vLLM drafts at a time with DeepSeek-V3's multi-token prediction module, to be kept or not in one pass of the policy
+    (speculative sampling, arXiv:2211.17192): completions come from the same distribution, and sooner. 0: none."""
     weights: Literal["file", "nccl"] = "file"
     """How weights reach vLLM engines. file: shared memory, which an engine that died is brought back from; nccl: GPU to
     GPU, keeps no copy, and an engine that dies ends the run. It has not run on a GPU."""
@@ -138,6 +141,17 @@ class RolloutConfig(Section):
             raise ValueError(
                 f"top_p {self.top_p:g} and top_k {self.top_k} truncate what the engine samples from, while the learner's "
                 "ratio is over the whole softmax; training takes top_p 1 and top_k 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _drafts(self) -> "RolloutConfig":
+        if self.draft_tokens and self.engine != "vllm":
+            raise ValueError(f"draft_tokens {self.draft_tokens}: vLLM drafts, and engine is {self.engine}; take vllm, or draft_tokens 0")
+        if self.draft_tokens and self.weights == "nccl":
+            raise ValueError(
+                f"draft_tokens {self.draft_tokens}: the drafter gets its weights from the weight file, and weights nccl has none; "
+                "take weights file, or draft_tokens 0"
             )
         return self
 

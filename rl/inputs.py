@@ -160,8 +160,20 @@ def check_engine(recipe: TrainRecipe) -> None:
     if recipe.rollout.placement == "ray" and importlib.util.find_spec("ray") is None:
         raise InputError("rollout.placement: ray is not installed; `pip install -e '.[ray]'`, or take split")
     server_token(recipe.rollout)
+    check_drafts(recipe.rollout, config_file(recipe.policy))
     if not recipe.rollout.elsewhere:
         check_vllm(recipe.rollout)
+
+
+def check_drafts(rollout: RolloutConfig, config: Path | None) -> None:
+    """InputError where a policy without a multi-token prediction module is to draft with it; config: the policy's, None is not at hand."""
+    if not rollout.draft_tokens or config is None:
+        return
+    if not json.loads(config.read_text()).get("num_nextn_predict_layers"):
+        raise InputError(
+            f"rollout.draft_tokens: {rollout.draft_tokens}, and '{config.parent}' has no multi-token prediction module to draft with; "
+            "set it to 0, or train one (sft.mtp_weight)"
+        )
 
 
 def check_vllm(rollout: RolloutConfig) -> None:

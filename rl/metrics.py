@@ -29,6 +29,8 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "completions/clipped_ratio": fmean(float(c.finish_reason == "length") for c in completions),
         "sampling/entropy": entropy_of(completions),
     }
+    if drafted := sum(c.drafted for c in completions):
+        numbers["sampling/draft_acceptance"] = sum(c.drafts_kept for c in completions) / drafted
     return numbers | part_means(groups)
 
 

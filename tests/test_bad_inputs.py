@@ -285,6 +285,21 @@ def completions_put_off_that_have_to_be_on_policy(inputs):
     inputs.set("rollout.oversample=0.5")
 
 
+@bad("draft_tokens 2", "engine is hf", "take vllm", early=True)
+def drafts_of_transformers(inputs):
+    inputs.set("rollout.draft_tokens=2", "rollout.engine=hf")
+
+
+@bad("draft_tokens 1", "weights nccl", "take weights file", early=True)
+def drafts_without_a_weight_file(inputs):
+    inputs.set("rollout.draft_tokens=1", "rollout.weights=nccl", "rollout.engine=vllm")
+
+
+@bad("rollout.draft_tokens: 1", "has no multi-token prediction module", "set it to 0", early=True)
+def drafts_of_a_policy_that_has_no_module(inputs):
+    inputs.set("rollout.draft_tokens=1", "rollout.engine=vllm")
+
+
 @bad("placement colocate", "take turns", "max_staleness 1", "placement split", early=True)
 def turns_with_staleness(inputs):
     inputs.set("rollout.placement=colocate", "rollout.max_staleness=1")

@@ -56,7 +56,7 @@ def make_engines(
     if not over_nodes:
         check_gpus(rollout, gpus)
     if rollout.engine == "vllm" and not gpus and not over_nodes:
-        for repair in cpu_repairs(json.loads((folder / "config.json").read_text())):
+        for repair in cpu_repairs(json.loads((folder / "config.json").read_text()), drafts=rollout.draft_tokens > 0):
             if repair.says:
                 say(repair.says)
     engines: list[Engine] = []
@@ -83,6 +83,7 @@ def make_engines(
                 stall_s=rollout.stall_s,
                 returns_routes=returns_routes,
                 sleeps=rollout.placement == "colocate",
+                draft_tokens=rollout.draft_tokens,
             )
         )
     return engines

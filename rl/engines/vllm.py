@@ -69,6 +69,8 @@ class VllmSpec:
     """Completions come with the experts that were chosen; on a GPU alone."""
     sleeps: bool
     """Its GPUs are the learner's too; it is put to sleep while the learner has its turn."""
+    draft_tokens: int
+    """Tokens that the policy's multi-token prediction module drafts at a time; 0 is no speculation."""
     over_nodes: bool
     """vLLM finds `tensor_parallel` GPUs on the Ray cluster of RAY_ADDRESS, more than a node has. Has not run."""
 
@@ -103,6 +105,7 @@ class VllmEngine:
         weight_backend: Literal["cohort_file", "nccl"] = "cohort_file",
         returns_routes: bool = False,
         sleeps: bool = False,
+        draft_tokens: int = 0,
         over_nodes: bool = False,
     ) -> None:
         """asynchronous: AsyncLLM on a CPU too; on a GPU it always is. The other parameters are those of VllmSpec."""
@@ -110,7 +113,8 @@ class VllmEngine:
         self.slots = slots
         self.spec = VllmSpec(
             name, policy_path, dtype, max_model_len, slots, threads, tensor_parallel, devices, gpu_memory_utilization, log_path,
-            asynchronous or bool(devices) or over_nodes, stall_s, weight_backend, returns_routes, sleeps, over_nodes,
+            asynchronous or bool(devices) or over_nodes, stall_s, weight_backend, returns_routes, sleeps, draft_tokens,
+            over_nodes,
         )  # fmt: skip
         self._link: _Link | None = None
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+import vllm.v1.sample.rejection_sampler
 from vllm.config import VllmConfig
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import (
@@ -27,6 +28,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from rl.engines.base import TensorSlot, WeightChunk
 from rl.engines.nccl import FanOut
+from rl.engines.repairs import expand
 from rl.engines.vllm import VllmEngine
 from rl.engines.weights import Exporter, Manifest, read_chunk, views_of
 from rl.fp8.decode import Decoder
@@ -66,6 +68,7 @@ class FileTransfer(WeightTransferEngine[FileInit, FileUpdate]):
         if device.type == "cpu":
             # Without it the attention kernel dies of SIGILL on a first prompt of a few tokens, where the CPU has AMX.
             torch.cpu._init_amx()
+            vllm.v1.sample.rejection_sampler.expand_batch_to_tokens = expand
 
     def init_transfer_engine(self, init_info: FileInit) -> None:
         """Nothing to set up."""

@@ -87,6 +87,9 @@ class StepCore:
         self.routed = routed_layers(spec)
         self.llm = LLMEngine.from_vllm_config(engine_config(spec), disable_log_stats=True)
         self.llm.set_weight_version("0")
+        self.drafts = spec.draft_tokens > 0
+        self.sent: list[dict[str, Any]] = []
+        """Chunks of the update that has begun."""
         self.requests: dict[str, Request] = {}
         self.internal: dict[str, str] = {}
         """vLLM's own id of each request."""
@@ -126,16 +129,23 @@ class StepCore:
         return count_tokens(self.llm.output_processor)
 
     def begin_update(self) -> None:
+        self.sent = []
         self.llm.collective_rpc("start_weight_update")
 
     def load(self, chunk: WeightChunk) -> None:
-        self.llm.collective_rpc("update_weights", kwargs={"update_info": asdict(chunk)})
+        self.sent.append(asdict(chunk))
+        self.llm.collective_rpc("update_weights", kwargs={"update_info": self.sent[-1]})
 
     def transfer(self, method: str, info: dict[str, Any]) -> None:
         self.llm.collective_rpc(method, kwargs=info)
 
     def end_update(self, version: int) -> None:
         self.llm.collective_rpc("finish_weight_update")
+        if self.drafts:
+            self.llm.collective_rpc("start_draft_weight_update")
+            for info in self.sent:
+                self.llm.collective_rpc("update_weights", kwargs={"update_info": info})
+            self.llm.collective_rpc("finish_weight_update")
         self.llm.reset_prefix_cache(reset_running_requests=True)
         self.llm.set_weight_version(str(version))
 
@@ -152,6 +162,8 @@ class AsyncCore:
     def __init__(self, spec: VllmSpec) -> None:
         self.name = spec.name
         self.over_nodes = spec.over_nodes
+        self.drafts = spec.draft_tokens > 0
+        self.sent: list[dict[str, Any]] = []
         self.routed = routed_layers(spec)
         self.requests: dict[str, Request] = {}
         self.finished: SimpleQueue[Future[RequestOutput]] = SimpleQueue()
@@ -206,12 +218,15 @@ class AsyncCore:
         return self.wait(count())
 
     def begin_update(self) -> None:
+        self.sent = []
         self.wait(self.llm.collective_rpc("start_weight_update"))
 
     def load(self, chunk: WeightChunk) -> None:
         info = asdict(chunk)
         if self.over_nodes:  # a worker on another node cannot open the file
             info["data"] = bytes(chunk_bytes(chunk))
+        if self.drafts:
+            self.sent.append(info)
         self.wait(self.llm.collective_rpc("update_weights", kwargs={"update_info": info}))
 
     def transfer(self, method: str, info: dict[str, Any]) -> None:
@@ -219,6 +234,11 @@ class AsyncCore:
 
     def end_update(self, version: int) -> None:
         self.wait(self.llm.collective_rpc("finish_weight_update"))
+        if self.drafts:
+            self.wait(self.llm.collective_rpc("start_draft_weight_update"))
+            for info in self.sent:
+                self.wait(self.llm.collective_rpc("update_weights", kwargs={"update_info": info}))
+            self.wait(self.llm.collective_rpc("finish_weight_update"))
         self.wait(self.llm.reset_prefix_cache(reset_running_requests=True))
         self.wait(self.llm.update_weight_version(str(version)))
 
@@ -263,6 +283,7 @@ def to_completion(request: Request, output: RequestOutput, engine: str, routed: 
     version = np.zeros(len(sampled.token_ids), np.int32)
     for span in sampled.weight_versions or ():
         version[span.start : span.end] = int(span.version)
+    drafts = sampled.spec_decode_metrics
     completion = Completion(
         prompt_id=request.prompt_id,
         group_id=request.group_id,
@@ -275,6 +296,8 @@ def to_completion(request: Request, output: RequestOutput, engine: str, routed: 
         policy_version=version,
         finish_reason=sampled.finish_reason,
         engine=engine,
+        drafted=drafts.num_draft_tokens if drafts else 0,
+        drafts_kept=sum(kept * steps for kept, steps in enumerate(drafts.histogram)) if drafts else 0,
     )
     if not routed or sampled.routed_experts is None:
         return completion
@@ -310,6 +333,9 @@ def engine_config(spec: VllmSpec) -> VllmConfig:
         args["load_format"] = VALUES
         overrides |= PLAIN
     args["hf_overrides"] = overrides
+    if spec.draft_tokens:
+        args["speculative_config"] = {"method": "mtp", "num_speculative_tokens": spec.draft_tokens}
+        args["per_request_spec_decode_metrics"] = "summary"
     if spec.over_nodes:
         args["distributed_executor_backend"] = "ray"
     if spec.devices:
@@ -344,7 +370,9 @@ def kv_cache_bytes(config: VllmConfig) -> int:
     """Room for every slot at full length as far as KV_CACHE_MAX_bytes goes, at least for one; told, vLLM skips its warm-up."""
     model, parallel = config.model_config, config.parallel_config
     vectors = 1 if model.use_mla else 2 * model.get_num_kv_heads(parallel)
-    token_bytes = vectors * model.get_head_size() * model.get_num_layers(parallel) * model.dtype.itemsize
+    drafter = config.speculative_config.draft_model_config if config.speculative_config is not None else None
+    layers = model.get_num_layers(parallel) + (drafter.get_num_layers(parallel) if drafter is not None else 0)
+    token_bytes = vectors * model.get_head_size() * layers * model.dtype.itemsize
     block = config.cache_config.block_size
     slot_bytes = (-(-model.max_model_len // block) + 1) * block * token_bytes
     return max(min(config.scheduler_config.max_num_seqs * slot_bytes, KV_CACHE_MAX_bytes), 2 * slot_bytes)

@@ -7,9 +7,7 @@ accepted and the mean log-prob of what was sampled either way. The offline numbe
 or `mtp_acceptance` after SFT; vLLM drafts the likeliest token and not a sampled one, so its share is another number. On a CPU nothing
 becomes faster by it; on a GPU it has not run.
 
-vLLM 0.32 on a CPU samples nonsense where it speculates at a temperature: its C kernel writes each token's temperature into a copy
-(`_expand_kernel_impl` in vllm/utils/cpu_triton_utils.py), and what is divided by is memory that nobody wrote. Here torch does that step;
-`--as-it-is` leaves the fault in.
+vLLM 0.32 on a CPU samples nonsense where it speculates at a temperature (`rl/engines/repairs.py`); `--as-it-is` leaves the fault in.
 """
 
 import argparse
@@ -22,19 +20,12 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"
 from pathlib import Path
 
 import numpy as np
-import torch
 import vllm.v1.sample.rejection_sampler
 from vllm import LLM, SamplingParams
 
 from data.arithmetic import rows
-from rl.engines.repairs import cpu_repairs
+from rl.engines.repairs import cpu_repairs, expand
 from rl.policy import load_tokenizer
-
-
-def expand(x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0) -> torch.Tensor:
-    """[requests] -> [tokens]: each request's value for each of its draft tokens."""
-    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
-    return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts)
 
 
 def sample(policy: Path, prompts: list[list[int]], speculate: bool) -> tuple[float, dict[str, float]]:
