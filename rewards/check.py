@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--options", default="{}", help="options of the function, as JSON")
     given = parser.parse_args(arguments)
     try:
-        config = config_for(given.plugin, json.loads(given.options))
+        config = config_for(given.plugin, _options(given.options))
         rows = _read(given.rows) if given.rows else SAMPLE
         return check(config, rows)
     except InputError as error:
@@ -73,6 +73,16 @@ def check(config: RewardsConfig, rows: Sequence[dict[str, Any]]) -> int:
     print(f"{len(wrong)} answers of other rows: {generous} score 1{', which a wrong answer should not' if generous else ''}")
     print(f"{sum(map(len, [*right, *wrong])) / seconds:.0f} completions a second; {len(rows) - len(usable)} rows have no gold answer")
     return 1 if missed or failed else 0
+
+
+def _options(given: str) -> dict[str, Any]:
+    try:
+        options = json.loads(given)
+    except json.JSONDecodeError as error:
+        raise InputError(f"""--options: {given!r} is not JSON ({error.msg}); write for instance '{{"reward": "fraction"}}'""") from None
+    if not isinstance(options, dict):
+        raise InputError(f"""--options: {given!r} is no object; write for instance '{{"reward": "fraction"}}'""")
+    return options
 
 
 def best(scores: Sequence[Score]) -> float | None:

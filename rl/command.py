@@ -1,17 +1,23 @@
 """How the commands of this package begin and end: recipe first, overrides after it, one line for what has one, and exit codes.
 
-0 finished, 1 stopped, 2 a mistake in recipe or inputs, 75 asked to end (SIGTERM) with a checkpoint left: start again with the same
-command. Loads nothing heavy.
+0 finished, 1 stopped, 2 a mistake in recipe or inputs, 75 asked to end (SIGTERM or Ctrl-C) with a checkpoint left: start again with the
+same command, 130 ended at once by a second Ctrl-C. Loads nothing heavy.
 """
 
 import argparse
 import os
+import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from data.recipe import InputError
 
 AGAIN = 75
 """EX_TEMPFAIL: a scheduler may start the same command again."""
+AT_ONCE = 130
+"""As a shell has it for a program that Ctrl-C ended."""
 
 
 def command_line(module: str, description: str) -> argparse.ArgumentParser:
@@ -21,6 +27,25 @@ def command_line(module: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe")
     parser.add_argument("--dry-run", action="store_true", help="check everything and say what would be done; loads no model")
     return parser
+
+
+@contextmanager
+def asked_to_end(ask: Callable[[], None]) -> Iterator[None]:
+    """Within, SIGTERM and a first Ctrl-C call `ask`; a second Ctrl-C is a KeyboardInterrupt. For the main thread."""
+
+    def asked(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+            if main_rank():
+                os.write(2, b"\nasked to end after what it is doing; Ctrl-C again ends it at once\n")  # print is not for a signal handler
+        ask()
+
+    before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main_rank() -> bool:
@@ -33,15 +58,24 @@ def mistake(error: InputError) -> int:
     return _say(str(error), 2)
 
 
+def exit_code(error: BaseException) -> int:
+    """Of a run that this ended."""
+    from rl.run import Interrupted
+
+    return AGAIN if isinstance(error, Interrupted) else AT_ONCE if isinstance(error, KeyboardInterrupt) else 1
+
+
 def stopped(error: BaseException, place: str) -> int | None:
     """Says why a run ended, if the error has a message of its own, and returns the exit code; None: it is to be raised again."""
     from rl.engines.base import EngineDead
     from rl.run import Interrupted
     from rl.stream import RunStopped
 
+    if isinstance(error, KeyboardInterrupt):
+        return _say(f"{place}: ended at once; start again with the same command to go on from its last checkpoint", exit_code(error))
     if not isinstance(error, Interrupted | RunStopped | EngineDead):
         return None
-    return _say(f"{place}: {error}", AGAIN if isinstance(error, Interrupted) else 1)
+    return _say(f"{place}: {error}", exit_code(error))
 
 
 def _say(line: str, code: int) -> int:

@@ -279,7 +279,10 @@ def memory(recipe: TrainRecipe, sizes: Sizes | None, machine: Machine, longest: 
     except InputError as error:
         return f"{head}\nmemory: does not fit: {error}"
     if any(place.left_bytes < 0 for place in found):
-        verdict = "does not fit; what helps: more GPUs, moments in bf16, policy.activation_checkpointing, shorter completions"
+        helps = ["more GPUs"]
+        helps += ["learner.optimizer.moments=bf16"] if recipe.learner.optimizer.moments == "fp32" else []
+        helps += ["policy.activation_checkpointing=true"] if not recipe.policy.activation_checkpointing else []
+        verdict = f"does not fit; what helps: {', '.join([*helps, 'a lower rollout.max_tokens'])}"
         if recipe.rollout.placement == "colocate":
             verdict += ", a lower rollout.gpu_memory_utilization, placement split"
         if found[0].left_bytes < 0:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.recipe import InputError, read_recipe
-from rl.command import command_line, mistake, stopped
+from rl.command import AT_ONCE, command_line, mistake, stopped
 from rl.config import TrainRecipe
 from rl.inputs import check_inputs, judge_of, read_prompt_sets
 
@@ -38,6 +38,8 @@ def main() -> int:
         check_inputs(recipe)
     except InputError as error:
         return mistake(error)
+    if recipe.eval.prompts is None:
+        _say("eval.prompts is null: these are the recipe's own prompts, those that it trains on")
     return run_evaluation(recipe, arguments.out)
 
 
@@ -49,6 +51,10 @@ def run_evaluation(recipe: TrainRecipe, out: Path | None) -> int:
     except InputError as error:
         shutil.rmtree(logs)
         return mistake(error)
+    except KeyboardInterrupt:
+        shutil.rmtree(logs)
+        print("ended by Ctrl-C; nothing was written", file=sys.stderr)
+        return AT_ONCE
     except BaseException as error:  # the logs, which may explain it, stay
         code = stopped(error, str(recipe.policy.path))
         print(f"logs are in {logs}", file=sys.stderr)

@@ -11,7 +11,6 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from rewards.alarms import Alarms
 from rewards.scorer import Scorer
 from rl.ahead import AheadStream, Pump
 from rl.checkpoint import check_room, full_disk_named
+from rl.command import asked_to_end
 from rl.config import TrainRecipe
 from rl.conversation_pool import make_pool
 from rl.engines.make import make_engines
@@ -319,13 +319,12 @@ def _say_prompts(run: Run, prompts: PromptSet, held_out: PromptSet | None) -> No
 
 
 def _watch_signals(run: Run, stack: ExitStack) -> None:
-    """SIGTERM ends the run after the step it is in, with a checkpoint."""
+    """SIGTERM and Ctrl-C end the run after the step it is in, with a checkpoint."""
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def ask() -> None:
         run.asked_to_end = True
 
-    before = signal.signal(signal.SIGTERM, ask)
+    stack.enter_context(asked_to_end(ask))
     if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         # A scheduler tells the launcher to end, and accelerate's passes nothing on: its death is our SIGTERM (Linux).
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    stack.callback(signal.signal, signal.SIGTERM, before)

@@ -254,7 +254,11 @@ def save_policy(
 
 
 def _write_shard(folder: Path, number: int, tensors: dict[str, torch.Tensor]) -> None:
-    save_file(tensors, folder / f"shard-{number}.safetensors", metadata={"format": "pt"})
+    shard = folder / f"shard-{number}.safetensors"
+    shard.touch()
+    mode = shard.stat().st_mode  # as the umask has it; safetensors makes a file that its owner alone can read
+    save_file(tensors, shard, metadata={"format": "pt"})
+    shard.chmod(mode)
 
 
 def _name_shards(folder: Path, count: int, index: dict[str, int], total: int) -> None:

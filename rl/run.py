@@ -35,7 +35,7 @@ from rl.sync import WeightSync
 
 
 class Interrupted(RuntimeError):
-    """The run was asked to end (SIGTERM) and has left a checkpoint."""
+    """The run was asked to end (SIGTERM or Ctrl-C) and has left a checkpoint."""
 
 
 class Run:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.journal_file import InUse
 from data.recipe import InputError, read_recipe
-from rl.command import AGAIN, command_line, main_rank, mistake, stopped
+from rl.command import command_line, exit_code, main_rank, mistake, stopped
 from rl.config import TrainRecipe
 from rl.inputs import check_inputs
 from rl.run_folder import RunFolder
@@ -77,9 +77,7 @@ def run_training(recipe: TrainRecipe, folder: RunFolder) -> int:
         _note(folder, 2, str(error))
         return mistake(error)
     except BaseException as error:
-        from rl.run import Interrupted
-
-        _note(folder, AGAIN if isinstance(error, Interrupted) else 1, f"{type(error).__name__}: {error}")
+        _note(folder, exit_code(error), f"{type(error).__name__}: {error}".removesuffix(": "))
         code = stopped(error, str(folder.path))
         if code is None:
             raise

@@ -137,7 +137,7 @@ class SftCheckpointConfig(Section):
     """What a run that was stopped goes on from."""
 
     every: int = pydantic.Field(default=200, ge=0)
-    """Steps between checkpoints; 0: only when the run is asked to end (SIGTERM). They are removed once `final` is there."""
+    """Steps between checkpoints; 0: only when the run is asked to end (SIGTERM, Ctrl-C). They are removed once `final` is there."""
     keep: int = pydantic.Field(default=1, ge=1)
     """Newest checkpoints to keep."""
 

@@ -9,7 +9,6 @@ that was killed goes on where it was, and one that is finished writes its data s
 
 import json
 import os
-import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from typing import Any
 from data.journal_file import InUse
 from data.prompts import check_prompts
 from data.recipe import InputError, read_recipe, resolved_yaml
-from rl.command import AGAIN, command_line, mistake, stopped
+from rl.command import asked_to_end, command_line, exit_code, mistake, stopped
 from rl.inputs import check_engine, check_policy
 from rl.run_folder import RunFolder
 from sft.curate_config import FREE, CurateRecipe
@@ -45,8 +44,6 @@ def main() -> int:
 
 def run(recipe: CurateRecipe, folder: RunFolder) -> int:
     """Samples, scores, writes, and says in exit.json how it ended; a mistake that is found only then leaves a new folder empty."""
-    from rl.run import Interrupted
-
     try:
         result = curate(recipe, folder)
     except InputError as error:
@@ -55,7 +52,7 @@ def run(recipe: CurateRecipe, folder: RunFolder) -> int:
         raise
     except BaseException as error:
         if folder.path.is_dir():
-            folder.write_exit(AGAIN if isinstance(error, Interrupted) else 1, f"{type(error).__name__}: {error}")
+            folder.write_exit(exit_code(error), f"{type(error).__name__}: {error}".removesuffix(": "))
         code = stopped(error, str(folder.path))
         if code is None:
             raise
@@ -91,8 +88,7 @@ def curate(recipe: CurateRecipe, folder: RunFolder) -> dict[str, Any]:
         cleaned = [expert.clean(recipe.clean, folder.path) for expert in experts]
         for expert in experts:
             _say(f"{expert.name}: {len(expert.kept):,} of {len(expert.prompts):,} prompts after decontamination and dedup")
-        before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
-        stack.callback(signal.signal, signal.SIGTERM, before)
+        stack.enter_context(asked_to_end(lambda: asked.append(1)))
         logs = folder.path / "logs"
         logs.mkdir(exist_ok=True)
         scorer = stack.enter_context(Scorer(recipe.rewards, log_dir=logs))

@@ -14,7 +14,7 @@ from typing import Any
 
 from data.prompts import check_prompts
 from data.recipe import InputError, read_recipe, resolved_yaml
-from rl.command import AGAIN, command_line, mistake
+from rl.command import AGAIN, AT_ONCE, command_line, mistake, stopped
 from rl.config import LearnerConfig, PolicyConfig, TrainRecipe
 from rl.inputs import check_conversation, check_judge, check_policy
 from rl.run_folder import RunFolder
@@ -67,6 +67,9 @@ def run(recipe: SftRecipe, rows: list[dict[str, Any]], folder: RunFolder) -> int
         _note(folder, AGAIN, str(error))
         print(f"{folder.path}: {error}", file=sys.stderr)
         return AGAIN
+    except KeyboardInterrupt as error:
+        _note(folder, AT_ONCE, "KeyboardInterrupt")
+        return stopped(error, str(folder.path)) or AT_ONCE
     except BaseException as error:  # noted, not handled
         _note(folder, 2 if isinstance(error, InputError) else 1, f"{type(error).__name__}: {error}")
         raise

@@ -11,10 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import datasets
@@ -33,6 +31,7 @@ from trl import SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from data.recipe import InputError
+from rl.command import asked_to_end
 from rl.lora import add_adapter
 from rl.metrics_file import MetricsFile
 from rl.mtp import attach, mtp_layer
@@ -67,7 +66,7 @@ class MtpTrainer(WithMtp, ResumableTrainer):
 def train(recipe: SftRecipe, policy: Policy, rows: TokenRows, folder: Path) -> dict[str, Any]:
     """Trains, writes `<folder>/metrics.jsonl` and `<folder>/final`, returns the last metrics; goes on from a checkpoint in the folder.
 
-    Collective: every rank calls it, rank 0 writes. Raises Interrupted after SIGTERM, with a checkpoint left.
+    Collective: every rank calls it, rank 0 writes. Raises Interrupted after SIGTERM or Ctrl-C, with a checkpoint left.
     """
     started = time.monotonic()
     torch.set_num_threads(recipe.sft.threads or min(os.cpu_count() or 1, 16))
@@ -77,8 +76,8 @@ def train(recipe: SftRecipe, policy: Policy, rows: TokenRows, folder: Path) -> d
     log, asked = _Log(folder), _AskedToEnd(trainer)
     trainer.add_callback(log)
     checkpoint = newest(folder / "checkpoints", trainer.data_fingerprint, ranks())
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    asked.restore()
+    with asked_to_end(asked.ask):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"asked to end after step {trainer.state.global_step}; start again with the same command to go on")
     # trl wrote its auxiliary loss into the model's config; how a policy was trained is not what it is.
@@ -237,19 +236,15 @@ def _fingerprint(rows: TokenRows) -> str:
 
 
 class _AskedToEnd(TrainerCallback):
-    """SIGTERM ends training after the step it is in, with a checkpoint; every rank hears of it."""
+    """SIGTERM and Ctrl-C end training after the step it is in, with a checkpoint; every rank hears of it."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self.accelerator = trainer.accelerator
         self.asked = False
-        self.before = signal.signal(signal.SIGTERM, self._ask)
         trainer.add_callback(self)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def ask(self) -> None:
         self.asked = True
-
-    def restore(self) -> None:
-        signal.signal(signal.SIGTERM, self.before)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         flag = torch.tensor(float(self.asked), device=self.accelerator.device)

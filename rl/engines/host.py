@@ -260,7 +260,7 @@ class Host:
 
     def _own(self, session: str) -> None:
         if self.owner is None or not secrets.compare_digest(session, self._session):
-            raise NotYours("the session has ended: the server was started again, or has another learner")
+            raise NotYours("the session has ended: the server ended, was started again, or has another learner")
         self._heard = time.monotonic()
 
     def _free(self) -> None:

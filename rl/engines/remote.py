@@ -38,6 +38,8 @@ RETRY_s = 5.0
 """Longest wait between two tries to reach it."""
 GONE_s = 300.0
 """Hosts that have all been away for so long will not come back by themselves."""
+REMIND_s = 30.0
+"""How often it is said that none can be reached."""
 
 
 class Transport(Protocol):
@@ -69,6 +71,14 @@ class Fleet:
         self._say = say
         self._said: set[str] = set()
         self._saying = threading.Lock()
+        self._reminded = -REMIND_s
+
+    def remind(self, trouble: str) -> None:
+        """Says that the run waits for a host, at once and then every half minute."""
+        with self._saying:
+            if time.monotonic() - self._reminded >= REMIND_s:
+                self._reminded = time.monotonic()
+                self._say(f"no engine answers; the run waits for one, {max(0.0, GONE_s - self.gone_s()):.0f} s more at most: {trouble}")
 
     def tell(self, lines: Sequence[str]) -> None:
         """Says each line once, however many engines have it."""
@@ -131,8 +141,10 @@ class RemoteEngine:
                 soon = isinstance(error, EngineDead | Owned) and time.monotonic() - self.fleet.away[self.name] < FIRST_s
                 if not self._lived and not soon:
                     raise InputError(f"engine {self.name}: {error}") from None
-            if self._lived and (gone_s := self.fleet.gone_s()) > GONE_s:
-                raise EngineDead(f"no engine could be reached for {gone_s:.0f} s; {self._trouble}")
+            if self._lived and (gone_s := self.fleet.gone_s()) > 0.0:
+                if gone_s > GONE_s:
+                    raise EngineDead(f"no engine could be reached for {gone_s:.0f} s; {self._trouble}")
+                self.fleet.remind(self._trouble)
             if stop.wait(wait_s):
                 raise EngineDead(f"engine {self.name} was closed while it was waited for: {self._trouble}")
             wait_s = min(2 * wait_s, RETRY_s)

@@ -149,5 +149,8 @@ def test_check_says_whether_gold_scores_1(tmp_path):
     (tmp_path / "mine.py").write_text("def never(completions, **kwargs):\n    return [0.0 for _ in completions]\n")
     poor = command("rewards.check", "./mine.py:never", cwd=tmp_path)
     assert poor.returncode == 1 and "2 gold answers: 0 score 1, 2 do not" in poor.stdout and "row 1: gold ['4']: 0.0" in poor.stdout
+    for bad, said in (("{x:1}", "is not JSON"), ("[1]", "is no object")):
+        options = command("rewards.check", "math_answer", "--options", bad, cwd=tmp_path)
+        assert options.returncode == 2 and f"--options: '{bad}' {said}" in options.stderr and "Traceback" not in options.stderr
     missing = command("rewards.check", "./mine.py:nevr", cwd=tmp_path)
     assert missing.returncode == 2 and "did you mean 'never'?" in missing.stderr

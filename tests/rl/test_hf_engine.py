@@ -166,5 +166,7 @@ def test_exported_names_and_bytes_are_those_of_save_pretrained(kind: str, tmp_pa
     save_policy(tmp_path / "saved", checkpoint_views(model), model, AutoTokenizer.from_pretrained(path))
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert all(torch.equal(want[name], saved[name]) for name in want)
+    weights, config = (tmp_path / "saved" / name for name in ("model.safetensors", "config.json"))
+    assert weights.stat().st_mode == config.stat().st_mode  # whoever may read the one may read the other
     again = load_model(tmp_path / "saved", torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))

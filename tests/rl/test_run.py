@@ -143,7 +143,8 @@ def test_a_killed_run_ends_where_one_ends_that_was_not(policy: Path, whole: Path
     assert same_weights(folder, whole)
 
 
-def test_sigterm_leaves_a_checkpoint_and_a_code_to_start_again_on(policy: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_end_it_leaves_a_checkpoint_and_a_code_to_start_again_on(number: int, policy: Path, whole: Path, tmp_path: Path) -> None:
     path = recipe(tmp_path, policy, "run")
     folder = tmp_path / "out" / "run"
     process = subprocess.Popen(
@@ -153,7 +154,7 @@ def test_sigterm_leaves_a_checkpoint_and_a_code_to_start_again_on(policy: Path, 
     while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < 2:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75 and "start again" in said
     assert json.loads((folder / "exit.json").read_text())["code"] == 75
@@ -161,6 +162,28 @@ def test_sigterm_leaves_a_checkpoint_and_a_code_to_start_again_on(policy: Path, 
     run(path)
     assert rows(folder) == rows(whole)
     assert same_weights(folder, whole)
+
+
+def test_a_second_ctrl_c_ends_it_at_once_with_a_line(policy: Path, tmp_path: Path) -> None:
+    """It waits for a reward that hangs: the first is heard, and would be obeyed when the step is done."""
+    path = recipe(tmp_path, policy, "run")
+    plugin = tmp_path / "hangs.py"
+    plugin.write_text("import time\ndef hangs(completions, **columns):\n    time.sleep(600)\n")
+    slow = [f"rewards.plugins=[{plugin}:hangs]", "rewards.parts=[{name: hangs, timeout_s: 900}]"]
+    process = subprocess.Popen(command(path, *slow), cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    folder, deadline = tmp_path / "out" / "run", time.monotonic() + 200
+    while not (folder / "journal.sqlite").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    time.sleep(3.0)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(2.0)
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Ctrl-C again ends it at once" in said and "ended at once; start again" in said and "Traceback" not in said
+    assert json.loads((folder / "exit.json").read_text())["code"] == 130
 
 
 def test_the_end_of_the_launcher_leaves_a_checkpoint_too(policy: Path, tmp_path: Path) -> None:

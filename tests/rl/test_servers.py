@@ -235,6 +235,19 @@ def test_conversations_on_servers_are_those_of_the_local_pool_also_when_one_is_l
     )
 
 
+def test_a_run_that_no_server_answers_says_that_it_waits(servers, folder: Path, tmp_path: Path, local: Done) -> None:
+    there = servers(1)
+    policy, lines = folder / "p0", []
+    engines = make_engines(
+        there.rollout(), PolicyConfig(path=str(policy)), policy, 64, tmp_path, returns_routes=True, manifest=read_manifest(policy),
+        say=lines.append,
+    )  # fmt: skip
+    again = threading.Timer(0.5, there.start_again, [0])
+    got, _, _ = sample(engines, folder, {5: lambda: there.lose(0), 6: again.start})
+    assert_same(got, local, but=("engine",))
+    assert len(lines) == 1 and "no engine answers; the run waits for one" in lines[0] and there.urls[0] in lines[0], lines
+
+
 def test_broken_connections_lose_nothing_and_do_nothing_twice(servers, folder: Path, tmp_path: Path, local: Done) -> None:
     """Every third answer is lost on its way back, after the server has done what it was asked."""
     engines = engines_of(servers(2).rollout(), folder / "p0", tmp_path)
