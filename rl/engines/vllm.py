@@ -338,6 +338,9 @@ def _guard(pipe: Connection, engine: int) -> None:
 
 def log_tail(path: Path) -> str:
     """The last lines of an engine's log, indented, under its path."""
-    with path.open(errors="replace") as log:
-        lines = deque(log, maxlen=LOG_LINES)
+    try:
+        with path.open(errors="replace") as log:
+            lines = deque(log, maxlen=LOG_LINES)
+    except OSError as error:  # somebody removed it: whoever waits for the engine has to hear of its death all the same
+        return f"its log {path} cannot be read: {error.strerror}\n"
     return f"last lines of {path}:\n" + "".join(f"  {line.rstrip()}\n" for line in lines)
