@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from data.recipe import InputError
 
@@ -31,16 +32,25 @@ def command_line(module: str, description: str) -> argparse.ArgumentParser:
 
 @contextmanager
 def asked_to_end(ask: Callable[[], None]) -> Iterator[None]:
-    """Within, SIGTERM and a first Ctrl-C call `ask`; a second Ctrl-C is a KeyboardInterrupt. For the main thread."""
+    """Within, SIGTERM and a first Ctrl-C call `ask`; a second Ctrl-C is a KeyboardInterrupt. For the main thread.
+
+    A Ctrl-C that this process was started to ignore, as a shell's scripts start those in the background, stays ignored.
+    """
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    again = "Ctrl-C again ends it at once"
+    if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:  # the launcher ends with the first
+        again = f"`kill -INT {os.getpid()}` ends it at once"
 
     def asked(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, before[signal.SIGINT])
             if main_rank():
-                os.write(2, b"\nasked to end after what it is doing; Ctrl-C again ends it at once\n")  # print is not for a signal handler
+                os.write(2, f"\nasked to end after what it is doing; {again}\n".encode())  # print is not for a signal handler
         ask()
 
-    before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number, handler in before.items():
+        if number == signal.SIGTERM or handler is not signal.SIG_IGN:
+            signal.signal(number, asked)
     try:
         yield
     finally:

@@ -251,6 +251,7 @@ class Conversation:
             token_ids=np.asarray(self.token_ids[:tokens], np.int32), mask=np.asarray(self.mask[:tokens], np.uint8),
             engine_logp=logp_T, policy_version=version_T, finish_reason=finish_reason,
             engine=self.turns[-1][1].engine if self.turns else "", routes=routes, routes_valid=valid,
+            drafted=sum(turn.drafted for _, turn in self.turns), drafts_kept=sum(turn.drafts_kept for _, turn in self.turns),
         )  # fmt: skip
 
     def _routes(self, tokens: int) -> tuple[np.ndarray | None, np.ndarray | None]:

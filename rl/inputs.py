@@ -160,18 +160,25 @@ def check_engine(recipe: TrainRecipe) -> None:
     if recipe.rollout.placement == "ray" and importlib.util.find_spec("ray") is None:
         raise InputError("rollout.placement: ray is not installed; `pip install -e '.[ray]'`, or take split")
     server_token(recipe.rollout)
-    check_drafts(recipe.rollout, config_file(recipe.policy))
+    check_drafts(recipe.rollout, Path(recipe.policy.path or ""))
     if not recipe.rollout.elsewhere:
         check_vllm(recipe.rollout)
 
 
-def check_drafts(rollout: RolloutConfig, config: Path | None) -> None:
-    """InputError where a policy without a multi-token prediction module is to draft with it; config: the policy's, None is not at hand."""
-    if not rollout.draft_tokens or config is None:
+def check_drafts(rollout: RolloutConfig, folder: Path | None) -> None:
+    """InputError where a policy without a multi-token prediction module is to draft with it; folder: None is not at hand."""
+    if not rollout.draft_tokens or folder is None or not any(folder.glob("*.safetensors")):
         return
-    if not json.loads(config.read_text()).get("num_nextn_predict_layers"):
+    from rl.engines.weights import read_manifest  # loads torch
+
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return  # whoever loads it says what is wrong with it
+    module = f"model.layers.{config.get('num_hidden_layers')}."
+    if config.get("model_type") != "deepseek_v3" or not any(name.startswith(module) for name in read_manifest(folder)):
         raise InputError(
-            f"rollout.draft_tokens: {rollout.draft_tokens}, and '{config.parent}' has no multi-token prediction module to draft with; "
+            f"rollout.draft_tokens: {rollout.draft_tokens}, and '{folder}' has no multi-token prediction module to draft with; "
             "set it to 0, or train one (sft.mtp_weight)"
         )
 

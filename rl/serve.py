@@ -21,7 +21,7 @@ import pydantic
 from data.recipe import InputError, Section, read_recipe
 from rl.command import command_line, mistake
 from rl.config import LearnerConfig, LossConfig, PolicyConfig, RolloutConfig
-from rl.inputs import check_drafts, check_policy, check_vllm, config_file, context_length, server_token
+from rl.inputs import check_drafts, check_policy, check_vllm, context_length, server_token
 
 if TYPE_CHECKING:
     from rl.engines.http_server import HttpServer
@@ -48,7 +48,7 @@ def main() -> int:
         recipe = read_recipe(given.recipe, given.overrides, ServeRecipe)
         check_policy(recipe.policy)
         check_vllm(recipe.rollout)
-        check_drafts(recipe.rollout, config_file(recipe.policy))
+        check_drafts(recipe.rollout, Path(recipe.policy.path or ""))
         token = server_token(recipe.rollout)
         from rl.engines.http_server import bind  # loads torch
 

@@ -17,8 +17,8 @@ class SandboxError(Exception):
 @dataclass(frozen=True)
 class Limits:
     wall_s: float = 10.0
-    """Seconds from its start to its end, less those in which it was ready to run and other programs had the CPU; with them at most
-    PATIENCE times as many."""
+    """Seconds from its start to its end. While it has no second thread or process, those in which it was ready to run and other programs
+    had the CPU do not count; with them it has at most PATIENCE times as many."""
     cpu_s: int = 6
     """CPU seconds of each of its processes, and of all that live at one time together; whole seconds, as rlimits are."""
     memory_mb: int = 1024

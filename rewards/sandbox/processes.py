@@ -2,7 +2,6 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator
 
 _SOCKET_BYTES = 1 << 18
 """A Unix socket's buffer, as Linux has it."""
@@ -66,26 +65,25 @@ def cpu_s(pids: list[int]) -> float:
     return ticks / _TICKS
 
 
-def waited_s(pids: list[int]) -> float:
-    """Seconds in which a program was ready to run and others had the CPUs, by that thread of it which waited longest.
+def waiting(pids: list[int]) -> tuple[int, float]:
+    """How many threads there are, and seconds in which that one of them which waited longest was ready to run and others had the CPUs.
 
-    What its own threads may have kept from each other does not count: the CPU time of all the others is taken off. 0 where the kernel
-    does not keep account of it (CONFIG_SCHED_INFO).
+    0 s where the kernel does not keep account of it (CONFIG_SCHED_INFO).
     """
-    tasks = [task for pid in pids for task in _schedule(pid)]
-    ran = sum(task[0] for task in tasks)
-    return max([0, *(waited - (ran - own) for own, waited in tasks)]) / 1e9
-
-
-def _schedule(pid: int) -> Iterator[tuple[int, int]]:
-    """Nanoseconds that each thread of a process ran, and that it waited for a CPU."""
-    try:
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{thread}/schedstat", "rb") as file:
-                ran, waited, _ = map(int, file.read().split())
-            yield ran, waited
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return
+    threads, longest = 0, 0
+    for pid in pids:
+        try:
+            names = os.listdir(f"/proc/{pid}/task")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        threads += len(names)
+        for name in names:
+            try:
+                with open(f"/proc/{pid}/task/{name}/schedstat", "rb") as file:
+                    longest = max(longest, int(file.read().split()[1]))
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue
+    return threads, longest / 1e9
 
 
 def _sockets(pids: list[int]) -> set[str]:

@@ -47,7 +47,9 @@ class _Running:
     began: float = field(default_factory=time.monotonic)
     cpu_s: float = 0.0
     waited_s: float = 0.0
-    """For a CPU. Both as far as was seen while it lived."""
+    """For a CPU, while it was alone. Both as far as was seen while it lived."""
+    alone: bool = True
+    """It never had a second thread or process, which it could have kept from the CPU itself."""
     ended_by: str = ""
     """The limit it was killed for, or `stopped` where the judge had no more use for it."""
 
@@ -178,7 +180,10 @@ class Server:
             elapsed = time.monotonic() - running.began
             pids = processes.tree(running.pid, by_parent)[self._own_pids < 0 :]  # less its tracer
             running.cpu_s = max(running.cpu_s, processes.cpu_s(pids))
-            running.waited_s = max(running.waited_s, min(processes.waited_s(pids), elapsed))
+            threads, waited_s = processes.waiting(pids)
+            running.alone = running.alone and threads <= 1 + self._how.own_processes
+            if running.alone:
+                running.waited_s = max(running.waited_s, min(waited_s, elapsed))
             wall_s = running.limits.wall_s
             if elapsed - running.waited_s > wall_s or elapsed > PATIENCE * wall_s:
                 self._kill(running, "timeout")

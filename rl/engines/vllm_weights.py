@@ -24,6 +24,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rl.engines.base import TensorSlot, WeightChunk
@@ -86,7 +87,8 @@ class FileTransfer(WeightTransferEngine[FileInit, FileUpdate]):
 
     def receive_weights(self, update_info: FileUpdate) -> None:
         slots = tuple(TensorSlot(**{**slot, "shape": tuple(slot["shape"])}) for slot in update_info.slots)
-        self.model.load_weights(self.tensors(WeightChunk(update_info.path, slots), update_info.data))
+        with disable_mtp_completeness_check():  # a chunk may hold nothing of the drafter; the sender has checked that all is there
+            self.model.load_weights(self.tensors(WeightChunk(update_info.path, slots), update_info.data))
 
     def tensors(self, chunk: WeightChunk, data: bytes | None) -> Iterator[tuple[str, torch.Tensor]]:
         tensors = read_chunk(chunk) if data is None else views_of(bytearray(data), chunk.slots)

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -87,9 +87,7 @@ class StepCore:
         self.routed = routed_layers(spec)
         self.llm = LLMEngine.from_vllm_config(engine_config(spec), disable_log_stats=True)
         self.llm.set_weight_version("0")
-        self.drafts = spec.draft_tokens > 0
-        self.sent: list[dict[str, Any]] = []
-        """Chunks of the update that has begun."""
+        self.drafter = Drafter(spec)
         self.requests: dict[str, Request] = {}
         self.internal: dict[str, str] = {}
         """vLLM's own id of each request."""
@@ -129,22 +127,22 @@ class StepCore:
         return count_tokens(self.llm.output_processor)
 
     def begin_update(self) -> None:
-        self.sent = []
+        self.drafter.begin()
         self.llm.collective_rpc("start_weight_update")
 
     def load(self, chunk: WeightChunk) -> None:
-        self.sent.append(asdict(chunk))
-        self.llm.collective_rpc("update_weights", kwargs={"update_info": self.sent[-1]})
+        self.drafter.note(chunk)
+        self.llm.collective_rpc("update_weights", kwargs={"update_info": asdict(chunk)})
 
     def transfer(self, method: str, info: dict[str, Any]) -> None:
         self.llm.collective_rpc(method, kwargs=info)
 
     def end_update(self, version: int) -> None:
         self.llm.collective_rpc("finish_weight_update")
-        if self.drafts:
+        if self.drafter.chunks:
             self.llm.collective_rpc("start_draft_weight_update")
-            for info in self.sent:
-                self.llm.collective_rpc("update_weights", kwargs={"update_info": info})
+            for chunk in self.drafter.chunks:
+                self.llm.collective_rpc("update_weights", kwargs={"update_info": asdict(chunk)})
             self.llm.collective_rpc("finish_weight_update")
         self.llm.reset_prefix_cache(reset_running_requests=True)
         self.llm.set_weight_version(str(version))
@@ -162,8 +160,7 @@ class AsyncCore:
     def __init__(self, spec: VllmSpec) -> None:
         self.name = spec.name
         self.over_nodes = spec.over_nodes
-        self.drafts = spec.draft_tokens > 0
-        self.sent: list[dict[str, Any]] = []
+        self.drafter = Drafter(spec)
         self.routed = routed_layers(spec)
         self.requests: dict[str, Request] = {}
         self.finished: SimpleQueue[Future[RequestOutput]] = SimpleQueue()
@@ -218,15 +215,17 @@ class AsyncCore:
         return self.wait(count())
 
     def begin_update(self) -> None:
-        self.sent = []
+        self.drafter.begin()
         self.wait(self.llm.collective_rpc("start_weight_update"))
 
     def load(self, chunk: WeightChunk) -> None:
+        self.drafter.note(chunk)
+        self.send(chunk)
+
+    def send(self, chunk: WeightChunk) -> None:
         info = asdict(chunk)
         if self.over_nodes:  # a worker on another node cannot open the file
             info["data"] = bytes(chunk_bytes(chunk))
-        if self.drafts:
-            self.sent.append(info)
         self.wait(self.llm.collective_rpc("update_weights", kwargs={"update_info": info}))
 
     def transfer(self, method: str, info: dict[str, Any]) -> None:
@@ -234,10 +233,10 @@ class AsyncCore:
 
     def end_update(self, version: int) -> None:
         self.wait(self.llm.collective_rpc("finish_weight_update"))
-        if self.drafts:
+        if self.drafter.chunks:
             self.wait(self.llm.collective_rpc("start_draft_weight_update"))
-            for info in self.sent:
-                self.wait(self.llm.collective_rpc("update_weights", kwargs={"update_info": info}))
+            for chunk in self.drafter.chunks:
+                self.send(chunk)
             self.wait(self.llm.collective_rpc("finish_weight_update"))
         self.wait(self.llm.reset_prefix_cache(reset_running_requests=True))
         self.wait(self.llm.update_weight_version(str(version)))
@@ -247,6 +246,27 @@ class AsyncCore:
 
     def wake(self, part: Part) -> None:
         self.wait(self.llm.wake_up([part]))
+
+
+class Drafter:
+    """What of an update the drafter takes, which is a model of its own to vLLM: its layer, and the embedding that it shares."""
+
+    def __init__(self, spec: VllmSpec) -> None:
+        self.names: tuple[str, ...] = ()
+        """How its tensors' names begin; nothing if nobody drafts."""
+        self.chunks: list[WeightChunk] = []
+        """Of the last update. The weight file keeps their bytes until the next one."""
+        if spec.draft_tokens:
+            layers = json.loads((spec.policy_path / "config.json").read_text())["num_hidden_layers"]
+            self.names = (f"model.layers.{layers}.", "model.embed_tokens.")
+
+    def begin(self) -> None:
+        self.chunks = []
+
+    def note(self, chunk: WeightChunk) -> None:
+        slots = tuple(slot for slot in chunk.slots if slot.name.startswith(self.names))
+        if slots:
+            self.chunks.append(replace(chunk, slots=slots))
 
 
 def count_tokens(processor: OutputProcessor) -> int:
@@ -335,6 +355,8 @@ def engine_config(spec: VllmSpec) -> VllmConfig:
     args["hf_overrides"] = overrides
     if spec.draft_tokens:
         args["speculative_config"] = {"method": "mtp", "num_speculative_tokens": spec.draft_tokens}
+        if not (spec.devices or spec.over_nodes):  # the drafter takes no other setting of attention from the policy's
+            args["speculative_config"]["attention_backend"] = "CPU_MLA"
         args["per_request_spec_decode_metrics"] = "summary"
     if spec.over_nodes:
         args["distributed_executor_backend"] = "ray"

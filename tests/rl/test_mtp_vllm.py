@@ -130,6 +130,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_an_updated_engine_drafts_and_samples_as_a_fresh_one(folders: list[Path], tmp_path: Path) -> None:
     engine, mailbox = start(folders[0], tmp_path, "updated")
     sync = WeightSync([engine], read_manifest(folders[0]))
+    assert sync.file is not None
+    sync.file._chunk_bytes = 1  # most chunks then hold nothing of the drafter
     try:
         before = sample(engine, mailbox, 24, 24)
         sync.push(policies.Checkpoint(folders[1]), version=1)

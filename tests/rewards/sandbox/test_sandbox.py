@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from rewards.code_tests import check_tests, code_tests, find_program, run_test, same_lines, same_value
-from rewards.sandbox import processes
 from rewards.sandbox.judge import Sandbox
 from rewards.sandbox.limits import Limits
 
@@ -97,12 +96,12 @@ def test_a_program_is_not_wrong_because_others_have_the_cpu(sandbox):
     assert asserted.name == "passed", asserted
 
 
-def test_what_a_programs_own_threads_keep_from_each_other_is_no_waiting(monkeypatch):
-    threads = {1: [(0.2e9, 3e9), (1e9, 0.5e9)], 2: [(0.5e9, 1e9)]}
-    monkeypatch.setattr(processes, "_schedule", lambda pid: iter(threads[pid]))
-    assert processes.waited_s([1, 2]) == pytest.approx(1.5)  # the first one's 3 s, less the 1.5 s that the others ran
-    assert processes.waited_s([2]) == pytest.approx(1.0)
-    assert processes.waited_s([]) == 0.0
+@pytest.mark.parametrize("more", ["os.fork()", "__import__('threading').Thread(target=time.sleep, args=[30]).start()"])
+def test_a_program_with_children_or_threads_may_be_kept_from_the_cpu_by_them_and_gets_no_more_time(sandbox, more):
+    source = f"import os, time\n{more}\ntime.sleep(0.2)\nwhile True:\n    pass\n"
+    with busy(1):
+        ending = sandbox.script(source, "", Limits(wall_s=1.5, cpu_s=20))
+    assert ending.how == "timeout" and ending.wall_s < 1.5 + ending.waited_s + 1.5 and ending.waited_s < 1.0
 
 
 def test_many_processes_have_the_cpu_time_of_one_program(sandbox):
