@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
+
 from data.prompt_config import PromptsConfig
 from data.prompt_files import is_hub_id
 from data.prompts import PromptSet, check_prompts, read_prompts
@@ -165,18 +167,21 @@ def check_engine(recipe: TrainRecipe) -> None:
         check_vllm(recipe.rollout)
 
 
-def check_drafts(rollout: RolloutConfig, folder: Path | None) -> None:
-    """InputError where a policy without a multi-token prediction module is to draft with it; folder: None is not at hand."""
-    if not rollout.draft_tokens or folder is None or not any(folder.glob("*.safetensors")):
+def check_drafts(rollout: RolloutConfig, folder: Path) -> None:
+    """InputError where a policy without a multi-token prediction module is to draft with it. A hub id is looked at when it is loaded."""
+    files = sorted(folder.glob("*.safetensors")) if rollout.draft_tokens else []
+    if not files:
         return
-    from rl.engines.weights import read_manifest  # loads torch
-
+    names: set[str] = set()
     try:
         config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
+        for file in files:
+            with safe_open(file, framework="numpy") as opened:
+                names.update(opened.keys())
+    except (OSError, ValueError, SafetensorError):
         return  # whoever loads it says what is wrong with it
     module = f"model.layers.{config.get('num_hidden_layers')}."
-    if config.get("model_type") != "deepseek_v3" or not any(name.startswith(module) for name in read_manifest(folder)):
+    if config.get("model_type") != "deepseek_v3" or not any(name.startswith(module) for name in names):
         raise InputError(
             f"rollout.draft_tokens: {rollout.draft_tokens}, and '{folder}' has no multi-token prediction module to draft with; "
             "set it to 0, or train one (sft.mtp_weight)"
