@@ -455,6 +455,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.sampled = 0
         self.held: dict[str, dict[int, int]] = {}
         self.ok: dict[str, set[int]] = {}
+        self.failed: dict[str, set[int]] = {}
         self.live: dict[str, tuple[int, str]] = {}
         self.gone: set[tuple[str, int]] = set()
 
@@ -469,6 +470,7 @@ class AnyOrder(RuleBasedStateMachine):
         group = begin(self.journal, position, f"p{position % 2}", step=self.step)
         self.held.setdefault(group, {})
         self.ok.setdefault(group, set())
+        self.failed.setdefault(group, set())
 
     @precondition(lambda self: self.held)
     @rule(data=st.data(), index=st.integers(0, 2), tokens=st.integers(0, 5), finish=st.sampled_from(["stop", "abort"]))
@@ -482,6 +484,7 @@ class AnyOrder(RuleBasedStateMachine):
             return
         if index in self.held[group]:
             self.ok[group].discard(index)
+            self.failed[group].discard(index)
             self.gone.discard((group, index))
         self.held[group][index] = tokens
 
@@ -491,8 +494,8 @@ class AnyOrder(RuleBasedStateMachine):
         group = self.group(data)
         first = index not in self.journal.scores(group)
         self.journal.put_scores(group, {index: OK if ok else Score(None, "error")})
-        if first and ok:
-            self.ok[group].add(index)
+        if first:
+            (self.ok if ok else self.failed)[group].add(index)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data(), reason=st.sampled_from([TRAINED, STALE, ZERO_ADVANTAGE]))
@@ -525,6 +528,10 @@ class AnyOrder(RuleBasedStateMachine):
         assert voided == len(later)
         for group in later:
             del self.live[group]
+        for group, failed in self.failed.items():
+            if failed and group not in self.live:  # what made one fail may have been mended: all are asked again
+                self.ok[group].clear()
+                failed.clear()
 
     @invariant()
     def sums_close(self) -> None:
