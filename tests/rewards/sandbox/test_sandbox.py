@@ -101,7 +101,7 @@ def test_a_program_with_children_or_threads_may_be_kept_from_the_cpu_by_them_and
     source = f"import os, time\n{more}\ntime.sleep(0.2)\nwhile True:\n    pass\n"
     with busy(1):
         ending = sandbox.script(source, "", Limits(wall_s=1.5, cpu_s=20))
-    assert ending.how == "timeout" and ending.wall_s < 1.5 + ending.waited_s + 1.5 and ending.waited_s < 1.0
+    assert ending.how == "timeout" and ending.waited_s < 1.0 and ending.wall_s < 1.5 + ending.waited_s + 3.0
 
 
 def test_many_processes_have_the_cpu_time_of_one_program(sandbox):
