@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.journal_file import InUse
 from data.recipe import InputError, read_recipe
-from rl.command import command_line, exit_code, main_rank, mistake, stopped
+from rl.command import command_line, exit_code, leave, main_rank, mistake, stopped
 from rl.config import TrainRecipe
 from rl.inputs import check_inputs
 from rl.run_folder import RunFolder
@@ -105,4 +105,4 @@ def _report(folder: RunFolder, result: dict[str, Any], again: bool = False) -> i
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -14,7 +14,7 @@ from typing import Any
 
 from data.prompts import check_prompts
 from data.recipe import InputError, read_recipe, resolved_yaml
-from rl.command import AGAIN, AT_ONCE, command_line, mistake, stopped
+from rl.command import AGAIN, AT_ONCE, command_line, leave, mistake, stopped
 from rl.config import LearnerConfig, PolicyConfig, TrainRecipe
 from rl.inputs import check_conversation, check_judge, check_policy
 from rl.run_folder import RunFolder
@@ -142,4 +142,4 @@ def _note(folder: RunFolder, code: int, reason: str, result: dict[str, Any] | No
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -152,6 +152,25 @@ def test_a_run_on_two_ranks_ends_as_on_one_and_goes_on_after_a_stop(moe: Path, t
     assert all(torch.equal(two[k], again[k]) for k in two)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_one_of_several_ranks_leaves_without_the_interpreters_teardown(ranks: int) -> None:
+    """What was registered for the end runs, what was printed is out; only what aborts a rank that is done is left out."""
+    program = (
+        "import atexit, sys\n"
+        "from rl.command import leave\n"
+        "class Threads:\n"
+        "    def __del__(self, end=sys.stderr): print('teardown', file=end)\n"
+        "kept = Threads()\n"
+        "atexit.register(print, 'registered')\n"
+        "print('done', end=' ')\n"
+        "leave(3)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent.parent), "WORLD_SIZE": str(ranks)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (3, "done registered\n")
+    assert done.stderr == ("teardown\n" if ranks == 1 else "")
+
+
 @pytest.mark.slow
 def test_two_nodes_end_with_the_weights_of_two_ranks_of_one(moe: Path, tmp_path: Path) -> None:
     """Two agents with the accelerate config for two nodes, on one machine; engine and learner take turns, as a node has it to itself."""
@@ -171,7 +190,7 @@ def test_two_nodes_end_with_the_weights_of_two_ranks_of_one(moe: Path, tmp_path:
             stack.callback(agents[-1].kill)
         codes = [agent.wait(timeout=400) for agent in agents]
     said = [(tmp_path / f"node-{node}.txt").read_text() for node in ("0", "1")]
-    assert codes == [0, 0], said
+    assert codes == [0, 0], "\n".join(text[-4000:] for text in said)
     assert "step 4/4" in said[0] and "step" not in said[1], "the first rank alone speaks, and it is on the first node"
     done = subprocess.run(
         [sys.executable, *TORCHRUN, "-m", "rl.train", str(path), f"run.output_dir={tmp_path / 'one'}"],
