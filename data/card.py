@@ -22,6 +22,8 @@ from data.text import visible
 
 CARD_FILES = ("report.json", "recipe.yaml", "licences.json", "contamination.jsonl")
 """What a card is made of, beside the rows."""
+HEAD = "---\nconfigs:\n"
+"""How a card begins."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,6 +55,8 @@ def write_card(folder: Path, licences: Mapping[str, str] | None = None) -> None:
     or with a report that is none.
     """
     train = train_file(folder)
+    if (folder / "README.md").is_file() and not (folder / "README.md").read_text(encoding="utf-8", errors="replace").startswith(HEAD):
+        raise InputError(f"{folder / 'README.md'}: is no card of this command, and would be lost; move it to another name")
     known = _read_json(folder / "licences.json") | dict(licences or {})
     report = _read_json(folder / "report.json")
     kept = count_kept(read_files([train]))
@@ -95,7 +99,7 @@ def readme(
     configs = [f"- config_name: default\n  data_files:\n  - split: train\n    path: {train}"]
     if reasons:
         configs.append("- config_name: rejected\n  data_files:\n  - split: train\n    path: rejected.parquet")
-    parts = [f"---\nconfigs:\n{chr(10).join(configs)}\n---\n\n# {_cell(name)}\n\n{kept.rows:,} rows. See index.html for some of them."]
+    parts = [f"{HEAD}{chr(10).join(configs)}\n---\n\n# {_cell(name)}\n\n{kept.rows:,} rows. See index.html for some of them."]
     parts.append("## Counts by stage\n\n" + _table(("stage", "rows"), [(stage, f"{rows:,}") for stage, rows in stages]))
     if reasons:
         parts.append("## Rejected, by reason\n\n" + _table(("reason", "rows"), [(why, f"{n:,}") for why, n in sorted(reasons.items())]))

@@ -57,6 +57,7 @@ def clean_command(given: argparse.Namespace) -> None:
     check_output("--out", given.out, [*inputs, *against])
     for path in (rejected_path, hits_path):
         check_output(f"--out: beside it '{path.name}' is written", path, [*inputs, *against, given.out])
+    _check_records(report_path, given.out)
     given.out.parent.mkdir(parents=True, exist_ok=True)
 
     with progress() as count:
@@ -69,15 +70,30 @@ def clean_command(given: argparse.Namespace) -> None:
         write_lines(hits_path, (json_line(dataclasses.asdict(hit)) for hit in cleaning.hits))
         like = Path(inputs[0]) if len(inputs) == 1 and config.fim is None else None
         write_file(given.out, lambda: (row.values for row in cleaning.kept()), like)
-    report = clean_report(cleaning, inputs)
+    report = {"out": given.out.name} | clean_report(cleaning, inputs)
     write_lines(report_path, [json.dumps(report, indent=2, ensure_ascii=False)])
     for name, rows in report["counts"].items():
         print(f"{rows:>10,} {name}")
 
 
+def _check_records(report: Path, out: Path) -> None:
+    """InputError where the records beside `out` are those of another data set: they would be lost."""
+    if not report.is_file():
+        return
+    try:
+        of = json.loads(report.read_text(encoding="utf-8")).get("out", "another command's output")
+    except (ValueError, AttributeError):
+        of = "no data set that this command knows"
+    if of != out.name:
+        raise InputError(f"--out: beside '{out}' are the records (report.json, …) of {of}; name a file in another folder, or move them")
+
+
 def read_config(recipe: str | None, overrides: Sequence[str], against: Sequence[str], allow: str | None) -> CleanConfig:
     """The clean section of a recipe or of overrides, with what `--against` and `--allow` add."""
-    config = (read_recipe(recipe, overrides, CleanRecipe) if recipe else from_overrides(overrides, CleanRecipe)).clean
+    whole = read_recipe(recipe, overrides, CleanRecipe) if recipe else from_overrides(overrides, CleanRecipe)
+    if recipe and "clean" not in whole.model_fields_set:
+        raise InputError(f"--recipe: '{recipe}' has no section clean; add it, or leave --recipe out")
+    config = whole.clean
     if not against and not allow:
         return config
     paths = [*(config.against.paths if config.against else []), *against]

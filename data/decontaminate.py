@@ -2,7 +2,8 @@
 
 A prompt of n words or more is looked for by its n-grams, and a row is a hit from a share of them on: one n-gram alone is most
 often a turn of phrase (an 8-gram flags an eighth of MATH's training set). A shorter prompt has no n-gram; it is looked for whole, as
-a prompt, or as sentences of a text. Every hit is reported with what matched, and an allow-list takes back what is no leak.
+a prompt, or as sentences of a text, a label before them (`Question:`, `3.`) aside. Every hit is reported with what matched, and an
+allow-list takes back what is no leak.
 """
 
 import re
@@ -17,6 +18,12 @@ from data.rows import COLUMNS, RowText, read_files, row_text
 from data.text import grams, words
 
 _SENTENCE_END = re.compile(r"(?<=[.?!。？！])\s+|(?<=[。？！])|\n+")
+_LABEL = re.compile(
+    r"[\s#*_>]*(?:(?:question|q|problem|task|user|human|prompt|exercise|input|instruction)[\s#]*(?:\d[\d.]*)?[\s*_]*:"
+    r"|\(?\d+[.):](?=[\s*_]))",
+    re.IGNORECASE,
+)
+"""`Question 3:` and `3)` before a sentence are no part of it."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +117,13 @@ class Decontaminator:
 
 
 def _stands_alone(gram: Sequence[str], text: str) -> bool:
-    """Whether one or two sentences of a text are these words and no others."""
-    sentences = [words(sentence) for sentence in _SENTENCE_END.split(text)]
+    """Whether one or two sentences of a text are these words and no others, but for a label before them."""
+    written = _SENTENCE_END.split(text)
+    whole = [words(sentence) for sentence in written]
+    bare = [words(sentence[found.end() :]) if (found := _LABEL.match(sentence)) else [] for sentence in written]
     wanted = list(gram)
-    return any(sentence == wanted for sentence in sentences) or any(a + b == wanted for a, b in zip(sentences, sentences[1:], strict=False))
+    follow = [*whole[1:], []]
+    return any(wanted in (one, one + two, other, other + two) for one, other, two in zip(whole, bare, follow, strict=True))
 
 
 def _allow_list(path: str | None) -> tuple[list[str], list[str]]:

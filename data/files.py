@@ -23,6 +23,11 @@ def check_output(option: str, path: Path, inputs: Sequence[str | Path]) -> None:
     """InputError for an output that is of no known kind, is a folder, or would replace an input."""
     if path.suffix not in SUFFIXES:
         raise InputError(f"{option}: '{path}' has to end in {' or '.join(SUFFIXES)}")
+    check_not_input(option, path, inputs)
+
+
+def check_not_input(option: str, path: Path, inputs: Sequence[str | Path]) -> None:
+    """InputError for an output that is a folder, or would replace an input, by a link too."""
     if path.is_dir():
         raise InputError(f"{option}: '{path}' is a folder; name the file in it")
     for given in inputs:

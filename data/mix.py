@@ -70,6 +70,10 @@ def mix_command(given: argparse.Namespace) -> None:
         raise InputError("--unit tokens and --tokenizer go together: tokens are those of a tokenizer")
     if given.counts and given.total is not None:
         raise InputError("--total goes with weights; counts make their own total")
+    if given.total is not None and given.total < 1:
+        raise InputError(f"--total {given.total}: a mixture has one row or more")
+    if given.counts and any(not source.share.is_integer() for source in sources):
+        raise InputError("--counts: counts are whole numbers; leave --counts out, and numbers are weights")
     if given.seed < 0:
         raise InputError(f"--seed {given.seed}: a seed is 0 or more")
     columns = parse_columns(given.columns)
@@ -121,6 +125,8 @@ def plan_mix(
         if wanted[number] > held[number] + 1e-6 and not repeat:
             raise InputError(f"{source.path}: holds {held[number]:,} and {wanted[number]:,.0f} are wanted; take less, or set repeat")
         plans.append(_take(source, size, wanted[number], seed + number))
+    if not any(plan.units for plan in plans):
+        raise InputError(f"{sum(wanted):g} of {len(sources)} sources are no whole row of any; take more")
     return plans
 
 

@@ -42,6 +42,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str], model: type[RecipeT]
     origin = {place: f"{path}:{line}" for place, line in lines.items()}
     for override in overrides:
         _apply(root, override, origin)
+    _check_read(overrides, model)
     return parse(root, model, str(path), origin)
 
 
@@ -51,6 +52,7 @@ def from_overrides(overrides: Sequence[str], model: type[RecipeT]) -> RecipeT:
     origin: dict[Place, str] = {}
     for override in overrides:
         _apply(root, override, origin)
+    _check_read(overrides, model)
     return parse(root, model, "command line", origin)
 
 
@@ -61,6 +63,15 @@ def parse(values: Any, model: type[RecipeT], source: str, origin: dict[Place, st
         return model.model_validate_json(json.dumps(values), strict=True)
     except pydantic.ValidationError as error:
         raise InputError("\n".join(_describe(error, values, model, source, origin or {}))) from None
+
+
+def _check_read(overrides: Sequence[str], model: type[Section]) -> None:
+    """InputError for an override of a section that a command which reads some of a recipe does not read."""
+    sections = list(model.model_fields)
+    for override in overrides:
+        section = re.split(r"[.=\[]", override, maxsplit=1)[0]
+        if model.model_config.get("extra") == "ignore" and section not in sections:
+            raise InputError(f"override '{override}': this command reads {' and '.join(sections)} alone; write {sections[0]}.key=value")
 
 
 def resolved_yaml(recipe: Section) -> str:

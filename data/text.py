@@ -1,7 +1,8 @@
 """Words of a text, what it says again, and where its reasoning ends: what filters, dedup and decontamination look at.
 
-A word is a run of letters and digits, a character of a script that writes no spaces, or a single sign of arithmetic: `47+85` and
-`47-85` are not the same words. Case, punctuation, markup and the width of characters make no difference.
+A word is a run of letters and digits, a character of a script that writes no spaces, or a single sign of arithmetic or comparison:
+`47+85` and `47-85` are not the same words, and `47×85` and `47*85` are. Case, punctuation, other markup and the width of characters
+make no difference.
 """
 
 import re
@@ -12,16 +13,18 @@ OPEN, CLOSE = "<think>", "</think>"
 _WORD = re.compile(
     r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0e7f]"  # kana, Han, Hangul, Thai
     r"|(?:(?![\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0e7f])[^\W_])+"
-    r"|(?<![-+*/^=<>])[-+*/^=<>](?![-+*/^=<>])"  # a row of them is a rule of a table, or code
+    r"|(?<![-+*/^=<>≤≥≠])[-+*/^=<>≤≥≠](?![-+*/^=<>≤≥≠])"  # a row of them is a rule of a table, or code
 )
 _ASCII_WORD = re.compile(r"[a-z0-9]+|(?<![-+*/^=<>])[-+*/^=<>](?![-+*/^=<>])")
 
+_SIGNS = str.maketrans("×·⋅÷−", "***/-")
+
 
 def words(text: str) -> list[str]:
-    """Words in their order, in lower case, after Unicode's NFKC."""
+    """Words in their order, in lower case, after Unicode's NFKC; the signs `×`, `·`, `÷` and `−` as `*`, `*`, `/` and `-`."""
     if text.isascii():
         return _ASCII_WORD.findall(text.lower())
-    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+    return _WORD.findall(unicodedata.normalize("NFKC", text.translate(_SIGNS)).lower())
 
 
 def grams(found: Sequence[str], n: int) -> list[tuple[str, ...]]:

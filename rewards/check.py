@@ -111,7 +111,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"rewards.check: no file '{path}'")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             rows.append(json.loads(line))
         except ValueError as error:

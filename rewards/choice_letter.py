@@ -1,7 +1,7 @@
 """`choice_letter`: 1 if the completion chooses the gold letter of a multiple-choice question, 0 if another, several or none.
 
-The letter is looked for where `math_answer` looks for an answer, then in `the answer is (B)`, then as all of the text. Gold is a
-letter, or the text of one of the row's `choices`."""
+The letter is looked for where `math_answer` looks for an answer, then in the last `the answer is (B)`, then in `option B`, where no
+other option is named, then as all of the text. Gold is a letter, or the text of one of the row's `choices`."""
 
 import re
 from typing import Any
@@ -10,7 +10,9 @@ from data.values import Messages
 from rewards.answers import find_golds, marked_answer
 from rewards.text import answer_text, completion_text, per_completion
 
-_CHOSEN = re.compile(r"\b(?i:answer|choice|option)(?i:\s+is)?\s*:?\s*\**\(?([A-Z])\)?(?![\w'])")
+_LETTER = r"(?i:\s+is)?\s*:?\s*\**\(?([A-Z])\)?(?![\w'])"
+_ANSWER = re.compile(r"\b(?i:answer(?:\s+is)?(?:\s*:?\s*(?:choice|option))?)" + _LETTER)
+_OPTION = re.compile(r"\b(?i:choice|option)" + _LETTER)
 
 
 def choice_letter(
@@ -41,8 +43,8 @@ def chosen_letter(text: str, prompt_text: str, letters: str) -> str | None:
         return None
     is_marked, marked = marked_answer(after)
     if not is_marked:
-        said = _CHOSEN.findall(after)
-        marked = said[-1] if said else after
+        said, named = _ANSWER.findall(after), set(_OPTION.findall(after))
+        marked = said[-1] if said else after if not named else named.pop() if len(named) == 1 else ""
     return as_letter(marked or "", letters)
 
 

@@ -1,12 +1,12 @@
 """`math_answer`: 1 if the completion's answer equals a gold one, 0 if it is different from all, None if that cannot be said.
 
 Three readings, each asked only for what the one before does not know: exact numbers (`rewards.numbers`), the shapes and values of
-LaTeX (`rewards.forms`), and math-verify (`rewards.expressions`). A completion without an answer is wrong. A row without a gold
+LaTeX (`rewards.compare`), and math-verify (`rewards.expressions`). A completion without an answer is wrong. A row without a gold
 answer cannot be judged.
 
-What is equal may still be no answer: `57+75` for 132. Copied from the prompt it is wrong where gold is a number, and cannot be judged
-where gold is an expression, as the prompt may offer expressions to choose from. Elsewhere a sum or product of plain numbers, or what
-holds variables, cannot be judged where gold is a number.
+What is equal may still be no answer: `57+75` for 132. Copied from the prompt it is wrong where gold is a number, also as a part of
+the answer, `|57+75|`, and cannot be judged where gold is an expression, as the prompt may offer expressions to choose from. Elsewhere
+what holds a sum or product of plain numbers, or variables, cannot be judged where gold is a number.
 """
 
 import re
@@ -26,6 +26,9 @@ _WAYS = (
     (re.compile(r"\\(?:left|right)(?![a-z])|\$"), " "),
 )
 """Ways to write the same."""
+_ARITHMETIC = re.compile(r"(?<![\w.^}])NUMBER(?:\s*[-+*/]\s*NUMBER)+".replace("NUMBER", r"\d+(?:[.,]\d+)*(?!\s*[!^]|[.,]?\d)"))
+"""Plain numbers joined by operations, as many as there are."""
+_QUOTIENT = re.compile(r"\d\s*/\s*\d|\\frac")
 REWARD = {Verdict.EQUAL: 1.0, Verdict.DIFFERENT: 0.0, Verdict.UNKNOWN: None}
 
 
@@ -69,19 +72,32 @@ def verdict_on(text: str, golds: Sequence[str], prompt_text: str = "", asked: st
 def _finished(answer: str, gold: str, asked: str) -> Verdict:
     """The verdict on an answer that has the gold's value: whether it is an answer at all."""
     said, wanted = plain(answer), plain(gold)
-    said = said if "=" in wanted else said.rpartition("=")[2].strip()
-    if exact(said) is not None or not _OPERATION.search(said):
+    said = said if "=" in wanted else _last_side(said)
+    number = exact(said)
+    if number is not None and number.value.denominator == 1 and _QUOTIENT.search(said) and not _QUOTIENT.search(wanted):
+        return Verdict.DIFFERENT if _stands_in(said, asked) else Verdict.EQUAL
+    if number is not None or not _OPERATION.search(said):
         return Verdict.EQUAL
     from rewards.forms import form
     from rewards.scalars import is_unfinished
 
     read = form(said)
-    if read and (read == form(wanted) or read.tag):
+    is_open = read is not None and bool(read.tree) and is_unfinished(read.tree)
+    if read and (read == form(wanted) or (read.tag and not is_open)):
         return Verdict.EQUAL
     is_number = exact(wanted) is not None
+    if is_number and any(_stands_in(found[0], asked) for found in _ARITHMETIC.finditer(_even(said))):
+        return Verdict.DIFFERENT
     if _stands_in(said, asked):
         return Verdict.DIFFERENT if is_number else Verdict.UNKNOWN
-    return Verdict.UNKNOWN if is_number and read and read.tree and is_unfinished(read.tree) else Verdict.EQUAL
+    return Verdict.UNKNOWN if is_number and is_open else Verdict.EQUAL
+
+
+def _last_side(said: str) -> str:
+    """What an equation says: what stands behind its last sign, or before it in `18 = x`."""
+    left, _, right = said.rpartition("=")
+    is_name = bool(left) and re.fullmatch(r"\s*[a-zA-Z]\s*", right)
+    return (left.rpartition("=")[2] if is_name else right).strip()
 
 
 def _stands_in(said: str, asked: str) -> bool:
@@ -101,10 +117,10 @@ def verdict(answer: str, gold: str) -> Verdict:
     said = compare(answer, gold)
     if said is not Verdict.UNKNOWN:
         return said
-    from rewards.forms import compare_forms  # mpmath, a tenth of a second, for those that are no plain numbers
+    from rewards.compare import compare_forms, is_ambiguous  # mpmath, a tenth of a second, for those that are no plain numbers
 
     said = compare_forms(answer, gold)
-    if said is not Verdict.UNKNOWN:
+    if said is not Verdict.UNKNOWN or is_ambiguous(answer, gold):
         return said
     from rewards.expressions import compare_expressions
 

@@ -49,7 +49,7 @@ def compare(answer: str, gold: str) -> Verdict:
     number = exact(answer) or _right_side(answer)
     if number is not None:
         return _compare_numbers(number, gold_number)
-    spoken = number_in_words(answer)
+    spoken = _spoken(answer)
     if spoken is not None:
         return _compare_spoken(spoken, answer, gold_number)
     if len(answer) > LONGEST or is_guess(answer) or _says_no_number(answer):
@@ -71,12 +71,24 @@ def _compare_numbers(number: Number, gold: Number) -> Verdict:
     return Verdict.DIFFERENT if same == measured else Verdict.UNKNOWN
 
 
-def _compare_spoken(spoken: Fraction, answer: str, gold: Number) -> Verdict:
+def _compare_spoken(spoken: Number, answer: str, gold: Number) -> Verdict:
     """A number with words in it: `eighteen`, and `1.5 million`, which is right for a gold of 1.5 if it was asked in millions."""
-    if spoken == gold.value and not gold.base:
-        return Verdict.EQUAL
     scaled = any(character.isdigit() for character in answer) and abs(gold.value) < 1000 and gold.value
-    return Verdict.UNKNOWN if scaled and spoken / gold.value in SCALES else Verdict.DIFFERENT
+    return Verdict.UNKNOWN if scaled and spoken.value / gold.value in SCALES else _compare_numbers(spoken, gold)
+
+
+def _spoken(text: str) -> Number | None:
+    """The number that a text says in words, `eighteen`, and its unit, as in `two hours`; None for `half an hour`."""
+    value = number_in_words(text)
+    if value is not None:
+        return Number(value)
+    words = text.split()
+    for end in range(len(words) - 1, max(0, len(words) - 5), -1):
+        value, unit = number_in_words(" ".join(words[:end])), unit_name(" ".join(words[end:]))
+        if value is not None:
+            is_unit = all(map(str.isalpha, words[end:])) and words[end].lower() not in ("a", "an", "the", "of", "zero", "one")
+            return Number(value, unit) if unit and is_unit else None
+    return None
 
 
 def _in_base_ten(number: Number) -> Fraction | None:
@@ -96,27 +108,37 @@ def _fraction(number: Number) -> Fraction:
 
 _DIGITS = r"(?:[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)|\d+)"
 _NUMBER = re.compile(
-    rf"(?P<sign>[-+]?)\s*(?P<currency>[$€£]?)\s*(?P<sign2>[-+]?)"
+    rf"(?P<sign>[-+]?)\s*(?P<currency>[$€£¥₹]?)\s*(?P<sign2>[-+]?)"
     rf"(?:(?:(?P<mixed>\d+)\s*)?\\frac\{{(?P<top>-?\d+)\}}\{{(?P<bottom>\d+)\}}"
     r"|(?P<mixed2>\d+)\s+(?P<top2>\d+)\s*/\s*(?P<bottom2>\d+)"
     rf"|(?P<whole>{_DIGITS})?(?P<decimals>\.\d+(?!\d|\\overline)|\.\d*\\overline\s*\{{\d+\}})?(?:[eE](?P<ten>[-+]?\d{{1,3}})(?!\d))?"
     rf"(?:\s*/\s*(?P<over>{_DIGITS}))?)"
     r"(?:_\{?(?P<base>\d+)\}?)?"
-    r"(?:\s*(?P<percent>[%$€£])|(?P<unit>\s+[^\W\d_]+(?:[ /-][^\W\d_]+){0,3}|°\s?[CF]?))?"
+    r"(?:\s*(?P<percent>[%$€£¥₹元])|(?P<unit>\s+[^\W\d_]+(?:[ /-][^\W\d_]+){0,3}|°\s?[CF]?))?"
 )
 _UNIT_NAMES = {
     "$": "dollar", "€": "euro", "£": "pound", "usd": "dollar", "°": "degree", "in": "inch", "ft": "foot", "feet": "foot",
     "yd": "yard", "mi": "mile", "cm": "centimeter", "mm": "millimeter", "km": "kilometer", "m": "meter", "kg": "kilogram",
     "g": "gram", "lb": "pound", "oz": "ounce", "l": "liter", "ml": "milliliter", "h": "hour", "hr": "hour", "min": "minute",
     "sec": "second", "s": "second", "percent": "%", "inches": "inch", "centimetre": "centimeter", "metre": "meter",
+    "¥": "yen", "元": "yuan", "₹": "rupee",
 }  # fmt: skip
-MEASURES = frozenset(_UNIT_NAMES.values()) - {"%"} | frozenset(
-    "cent penny dime nickel day week month year ton gallon quart pint cup acre radian mph kph".split()
+_UNIT_LETTERS = {
+    "m": "meter", "s": "second", "g": "gram", "h": "hour", "l": "liter", "L": "liter", "N": "newton", "J": "joule", "V": "volt",
+    "W": "watt", "A": "ampere", "K": "kelvin", "T": "tesla",
+}  # fmt: skip
+"""Units of one letter where they are set as text; not C and F, which are degrees and more, nor e, i, d and x."""
+UNIT_CAPITALS = frozenset(letter for letter in _UNIT_LETTERS if letter.isupper()) - {"L"}
+MEASURES = (
+    frozenset(_UNIT_NAMES.values()) - {"%", "yen", "yuan"}
+    | frozenset(_UNIT_LETTERS.values())
+    | frozenset("cent penny dime nickel day week month year ton gallon quart pint cup acre radian mph kph ohm".split())
 )
-"""Units that measure: two of them are never one."""
+"""Units that measure: two of them are never one. `¥` is yen or yuan."""
 _NOT_UNITS = frozenset(
     """or and not to from if but either maybe perhaps possibly is are was than times plus minus over squared cubed factorial mod choose
-    hundred thousand million billion trillion dozen score half third quarter fifth tenth pi""".split()
+    hundred thousand million billion trillion dozen score half third quarter fifth tenth pi
+    lakh crore mn bn twice thrice doubled tripled""".split()
 ) | frozenset(UNITS[2:] + TENS)
 """Words that make a number another number, or a guess; a text with one of them is not read as a number with a unit."""
 _LEFT_SIDE = re.compile(r"\s*(?:[A-Za-z]|(?:(?!,\s)[-\d\s+*/().,×÷=$]|\\times|\\cdot)*)\s*")
@@ -211,7 +233,9 @@ def _says_no_number(text: str) -> bool:
 
 # --- taking off what only dresses a number ----------------------------------------------------------------------------
 
+_TEXT = r"\\(?:text(?:normal|rm|bf|it|sf|tt)?|math(?:rm|bf|it|sf|tt)|mbox|boldsymbol|bm|emph|underline)"
 _REPLACED = (
+    (re.compile(r"(?<=\d)(?:,\\!\s*|\{,\})(?=\d{3}(?!\d))"), lambda _: ""),  # 24{,}000
     (re.compile(r",\\!\s*|\{,\}"), lambda _: ","),
     (re.compile(r"\\[$%]"), lambda found: found[0][1]),
     (re.compile(r"\\[dt]frac"), lambda _: r"\frac"),
@@ -221,15 +245,19 @@ _REPLACED = (
     ),
     (re.compile(r"(?<!\\)\\(?:left|right|displaystyle|phantom|[!,;: ])"), lambda _: ""),
     (re.compile(r"~|\\(?:quad|qquad)\b"), lambda _: " "),
-    (
-        re.compile(r"\\(?:text(?:normal|rm|bf|it|sf|tt)?|math(?:rm|bf|it|sf|tt)|mbox|boldsymbol|bm|emph|underline)\s*\{([^{}]*)\}"),
-        lambda found: f" {found[1]} ",
-    ),
+    (re.compile(_TEXT + r"\s*\{([^{}]*)\}"), lambda found: f" {found[1]} "),
     (re.compile(r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:checkmark|square|blacksquare|qed)(?![a-zA-Z])"), lambda _: " "),
     (re.compile(r"(?<=\d)\s?(?:\^\s?\{\s?(?:st|nd|rd|th)\s?\}|\^?\s?(?:st|nd|rd|th)\b)"), lambda _: " "),  # 18th
     (re.compile(r"\bper cent\b"), lambda _: "percent"),
     (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree"), lambda _: "°"),
+    (re.compile(r"^\s*(?i:minus|negative)\s+(?=[$\d.\\])"), lambda _: "-"),
 )
+_LETTER_UNIT = re.compile(
+    rf"(?<=[\w)}}$])(?:\s|~|\\[!,;: ])*(?:{_TEXT}\s*\{{\s*(?P<unit>[{''.join(_UNIT_LETTERS)}])"
+    rf"(?:\s*/\s*(?P<per>[{''.join(_UNIT_LETTERS)}]))?\s*(?:\^\s*(?P<inside>[23])\s*)?\}}|\\Omega|[ΩΩ])"
+    r"(?:\s*\^\s*\{?\s*(?P<power>[23])\s*\}?)?\s*$"
+)
+_NO_VALUE = re.compile(rf"(?:\\circ\s*\}}?|{_TEXT}\s*\{{[^{{}}]*\}})$")
 _TYPED = str.maketrans(
     {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full width, as in Chinese text
     | {"\u2212": "-", "\u2044": "/", "\u3000": " ", "\u3001": ",", "\u3002": ".", "≈": r"\approx "}
@@ -252,6 +280,17 @@ def _typed(text: str) -> str:
     return re.sub(f"[{_LOWERED}]+", lambda found: f"_{{{found[0].translate(_LEVEL)}}}", text)
 
 
+def _with_unit(text: str) -> str:
+    """`36\\pi\\text{ m}^2` with the unit's whole word, which is no variable; what is no value with a unit of one letter as it is."""
+    found = _LETTER_UNIT.search(text)
+    value = text[: found.start()] if found else ""
+    if not found or not re.search(r"\d|\\pi", value) or _NO_VALUE.search(value):
+        return text
+    words = [_UNIT_LETTERS[letter] for letter in (found["unit"], found["per"]) if letter] or ["ohm"]
+    power = found["inside"] or found["power"]
+    return f"{value} {'/'.join(words)}" + (f"^{power}" if power else "")
+
+
 def plain(text: str) -> str:
     """A short answer without maths delimiters, emphasis, layout commands, and the full stop at its end."""
     text = text.strip()
@@ -266,6 +305,7 @@ def plain(text: str) -> str:
             inside = text[len(left) : -len(right)]
             if text.startswith(left) and text.endswith(right) and inside and left not in inside:
                 text = inside
+    text = _with_unit(text)
     for pattern, replacement in _REPLACED:
         text = pattern.sub(replacement, text)
     return " ".join(text.split()).rstrip(".:,; ")

@@ -42,9 +42,14 @@ def find_plugin(text: str, group: str = ENTRY_POINTS) -> Plugin:
             raise ValueError(f"no entry point '{text}' in the group {group}{nearest(text, list(found))} ({way_out})")
         source, _, function = found[text].value.partition(":")
         plugin = Plugin(text, source, function)
-    names = _names_bound(find_source(plugin.source))
+    tree = _parsed(find_source(plugin.source))
+    names = _names_bound(tree)
     if plugin.function not in names and "*" not in names:
         raise ValueError(f"{plugin.source} has no function '{plugin.function}'{nearest(plugin.function, names)}")
+    written = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == plugin.function]
+    if group == ENTRY_POINTS and len(written) == 1 and written[0].args.kwarg is None and not written[0].decorator_list:
+        contract = f"{plugin.function}(prompts, completions, completion_ids, **columns)"
+        raise ValueError(f"{plugin.source}:{written[0].lineno}: {plugin.function} takes no **kwargs; the contract is {contract}")
     return plugin
 
 
@@ -66,12 +71,15 @@ def find_source(source: str) -> Path:
     return Path(spec.origin)
 
 
-def _names_bound(path: Path) -> list[str]:
-    """The names that a module's top level binds; '*' if it imports everything from somewhere."""
+def _parsed(path: Path) -> ast.Module:
     try:
-        tree = ast.parse(path.read_bytes(), filename=str(path))
+        return ast.parse(path.read_bytes(), filename=str(path))
     except SyntaxError as error:
         raise ValueError(f"{path}:{error.lineno}: not valid Python: {error.msg}") from None
+
+
+def _names_bound(tree: ast.Module) -> list[str]:
+    """The names that a module's top level binds; '*' if it imports everything from somewhere."""
     names = []
     for node in tree.body:
         for inner in [node] if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) else ast.walk(node):

@@ -24,8 +24,11 @@ class Builtin:
     """Its module's `prepare` is called with the options when a worker starts; it may return a line for the user."""
     one_process: bool = False
     """It has one worker process, as each would load its model."""
+    gold: tuple[str, ...] = ()
+    """Columns of which a row has to have one; without, it cannot be judged."""
 
 
+GOLD = ("answer", "solution")
 JUDGE = (
     "url", "model", "mode", "rubric", "low", "high", "votes", "opponents", "reasoning", "temperature", "max_tokens", "key_env",
     "requests_at_once", "per_second", "retries", "request_s", "cache",
@@ -37,17 +40,17 @@ REWARD_MODEL = (
 COMMAND = ("command", "file", "append", "then", "keep", "reject", "paths", "limits", "backend")
 
 BUILTINS = {
-    "choice_letter": Builtin("rewards.choice_letter", ("letters",)),
+    "choice_letter": Builtin("rewards.choice_letter", ("letters",), gold=GOLD),
     "code_tests": Builtin("rewards.code_tests", ("reward", "limits", "total_s", "backend"), alone=True, prepares=True),
     "command_check": Builtin("rewards.command_check", COMMAND, required=("command",), alone=True, prepares=True),
     "countdown": Builtin("rewards.countdown", ("use_all",)),
-    "exact_text": Builtin("rewards.exact_text", ("ignore_case",)),
+    "exact_text": Builtin("rewards.exact_text", ("ignore_case",), gold=GOLD),
     "instruction_constraints": Builtin("rewards.instruction_constraints", ("all_or_nothing",)),
     "judge": Builtin("rewards.judge", JUDGE, required=("url", "model"), alone=True),
     "json_schema": Builtin("rewards.json_schema", ("schema",)),
     "language_consistency": Builtin("rewards.language_consistency", ("language", "answer_too")),
     "length": Builtin("rewards.length", ("kind", "max_tokens", "buffer", "right", "wrong", "judge")),
-    "math_answer": Builtin("rewards.math_answer"),
+    "math_answer": Builtin("rewards.math_answer", gold=GOLD),
     "reward_model": Builtin("rewards.reward_model", REWARD_MODEL, required=("model",), alone=True, prepares=True, one_process=True),
     "regex": Builtin("rewards.pattern", ("pattern", "reasoning", "full", "limit_s"), required=("pattern",)),
     "repetition": Builtin("rewards.repetition", ("ngram", "penalty")),

@@ -1,8 +1,8 @@
 """Rows to be scored: a JSONL file of `{prompt, completion, …columns}` as ScoreJobs, read twice and never held whole.
 
 `prompt` is text or chat messages; `completion` is text, or messages whose last one it is. Rows that follow each other with the same
-`group_id` are one group and are judged together; any other row is a group of its own. `prompt_text` (the rendered prompt) and
-`completion_ids` are handed on where they are there.
+`group_id` are one group and are judged together; any other row, and one whose `group_id` is null, is a group of its own.
+`prompt_text` (the rendered prompt) and `completion_ids` are handed on where they are there.
 """
 
 import hashlib
@@ -19,6 +19,8 @@ from rewards.job import ScoreJob
 from rewards.text import completion_text
 
 _OURS = ("prompt", "completion", "prompt_text", "completion_ids", "group_id")
+_SHARED = ("prompt", "answer", "solution")
+"""What the rows of a group have in common: it is judged by the first one's."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Rows:
         """As the reward functions are asked; all but the completions is the first row's."""
         row = self.rows[0]
         return ScoreJob(
-            group_id=str(row.get("group_id", f"row-{self.first}")),
+            group_id=f"row-{self.first}" if row.get("group_id") is None else str(row["group_id"]),
             prompt=row["prompt"],
             prompt_text=row.get("prompt_text") or (row["prompt"] if isinstance(row["prompt"], str) else ""),
             completions=[completion_text(row["completion"]) for row in self.rows],
@@ -49,7 +51,7 @@ def read_rows(path: Path) -> Iterator[Rows]:
     with path.open("rb") as file:
         numbered = ((number, line) for number, line in enumerate(file) if line.strip())
         parsed = ((place, line, json.loads(line)) for place, (_, line) in enumerate(numbered))
-        for _, group in groupby(parsed, key=lambda item: ("group", item[2]["group_id"]) if "group_id" in item[2] else item[0]):
+        for _, group in groupby(parsed, key=lambda item: _group_key(item[2], item[0])):
             members = list(group)
             digest = hashlib.blake2b(b"".join(line.strip() for _, line, _ in members), digest_size=8).hexdigest()
             yield Rows(members[0][0], [row for _, _, row in members], digest)
@@ -60,17 +62,36 @@ def check_rows(path: Path, config: RewardsConfig) -> int:
     if not path.is_file():
         raise InputError(f"--in: no file '{path}'")
     count = 0
+    first: dict[str, Any] = {}
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                _check_row(f"{path}:{number}", line, config)
+                row = _check_row(f"{path}:{number}", line, config)
+                key = _group_key(row, None)
+                if key is None or key != _group_key(first, None):
+                    first = row
+                _check_sibling(f"{path}:{number}", row, first)
                 count += 1
     if not count:
         raise InputError(f"--in: '{path}' has no rows")
     return count
 
 
-def _check_row(place: str, line: bytes, config: RewardsConfig) -> None:
+def _group_key(row: dict[str, Any], alone: Any) -> Any:
+    """What the rows of one group share; `alone` for a row without a group."""
+    return alone if row.get("group_id") is None else ("group", row["group_id"])
+
+
+def _check_sibling(place: str, row: dict[str, Any], first: dict[str, Any]) -> None:
+    for name in _SHARED:
+        if row.get(name) != first.get(name):
+            raise InputError(
+                f"{place}: '{name}' is not that of the first row of group {row['group_id']!r:.60}; "
+                "rows of one group answer one prompt: give other rows another group_id"
+            )
+
+
+def _check_row(place: str, line: bytes, config: RewardsConfig) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -86,3 +107,4 @@ def _check_row(place: str, line: bytes, config: RewardsConfig) -> None:
         config.parts_for(row)
     except ValueError as error:
         raise InputError(f"{place}: {error}") from None
+    return row

@@ -59,9 +59,16 @@ _ARITHMETIC = frozenset({"number", "+", "-", "*", "/", "fraction", "negative"})
 
 
 def is_unfinished(tree: Tree) -> bool:
-    """Whether a number is written as a sum or product of plain ones, `57+75`, or with variables, `18x/x`; `2^{10}-1` is finished."""
-    kinds = set(_kinds(tree))
-    return bool(variables(tree)) or (kinds <= _ARITHMETIC and not kinds.isdisjoint("+-*"))
+    """Whether a number is written with a sum or product of plain ones anywhere in it, `57+75` and `|57+75|`, or with variables,
+    `18x/x`; `2^{10}-1` and `3\\times10^8` are finished."""
+    return bool(variables(tree)) or _holds_arithmetic(tree)
+
+
+def _holds_arithmetic(tree: Tree) -> bool:
+    """Whether there is a sum or product of plain arithmetic of numbers in it."""
+    parts = [part for part in tree[1:] if isinstance(part, tuple)]
+    is_plain = tree[0] in ("+", "-", "*") and all(_ARITHMETIC.issuperset(_kinds(part)) for part in parts)
+    return is_plain or any(map(_holds_arithmetic, parts))
 
 
 def _kinds(tree: Tree) -> Iterator[str]:

@@ -7,7 +7,6 @@ the scores failed."""
 
 import argparse
 import hashlib
-import json
 import sys
 import time
 from collections import Counter, defaultdict
@@ -19,12 +18,14 @@ from typing import IO, Any
 
 import pydantic
 
+from data.files import check_not_input, json_line
 from data.journal import Journal, Slot
 from data.recipe import InputError, Section, parse, read_recipe, resolved_yaml
 from data.values import Score
 from rewards.config import RewardsConfig
 from rewards.rows import Rows, check_rows, read_rows
 from rewards.scorer import Scorer
+from rewards.versions import META, changed_reward, reward_versions
 
 AHEAD = 256
 """Groups submitted before the first of them is written."""
@@ -74,6 +75,7 @@ def read_config(recipe: str | None, rewards: Sequence[str] | None, plugins: Sequ
 def score_file(config: RewardsConfig, rows_path: Path, out_path: Path, log: IO[str]) -> int:
     """Scores a file; the exit code."""
     total = check_rows(rows_path, config)
+    check_not_input("--out", out_path, [rows_path])
     out_path.parent.mkdir(parents=True, exist_ok=True)
     with Journal(out_path.with_name(out_path.name + ".journal.sqlite")) as journal:
         _same_rewards(journal, config, out_path)
@@ -81,6 +83,10 @@ def score_file(config: RewardsConfig, rows_path: Path, out_path: Path, log: IO[s
             run = ScoreRun(journal, scorer, rows_path, out, total, log)
             run.go()
             journal.flush()
+            if run.written != total:
+                raise InputError(
+                    f"--in: '{rows_path}' changed while it was scored: it had {total} rows, and {run.written} were written; start again"
+                )
             return run.finish(config.max_error_rate)
 
 
@@ -91,7 +97,14 @@ def _same_rewards(journal: Journal, config: RewardsConfig, out_path: Path) -> No
         raise InputError(
             f"--out: '{out_path}' was begun with other rewards; remove {journal.path.name} to score anew, or choose another file"
         )
-    journal.set_meta(rewards=digest)
+    versions = reward_versions(config)
+    changed = changed_reward(journal, versions)
+    if changed is not None:
+        raise InputError(
+            f"--out: the reward '{changed}' has changed since '{out_path}' was begun; restore it, "
+            f"or remove {journal.path.name} to score anew"
+        )
+    journal.set_meta(**{"rewards": digest, META: versions})
 
 
 class ScoreRun:
@@ -116,7 +129,7 @@ class ScoreRun:
         self._statuses: Counter[str] = Counter()
         self._values: dict[str, list[float]] = defaultdict(list)
         self._seconds: dict[str, float] = defaultdict(float)
-        self._written = self._held = 0
+        self.written = self._held = 0
         self._began = self._said = time.monotonic()
 
     def go(self) -> None:
@@ -163,8 +176,8 @@ class ScoreRun:
 
     def _write(self, row: dict[str, Any], score: Score) -> None:
         scored = {**row, "reward": score.value, "status": score.status, "detail": score.detail, "parts": dict(score.parts)}
-        self._out.write(json.dumps(scored, ensure_ascii=False) + "\n")
-        self._written += 1
+        self._out.write(json_line(scored) + "\n")
+        self.written += 1
         self._statuses[score.status] += 1
         for name, value in {"reward": score.value, **score.parts}.items():
             if value is not None:
@@ -178,9 +191,9 @@ class ScoreRun:
         if now - self._said < (0.1 if is_terminal else SAY_S):
             return
         self._said = now
-        rate = (self._written - self._held) / (now - self._began)
-        left = f", {(self._total - self._written) / rate:.0f} s left" if rate > 0 else ""
-        line = f"{self._written} of {self._total} rows, {rate:.0f}/s{left}, {len(self._failed)} failed"
+        rate = (self.written - self._held) / (now - self._began)
+        left = f", {(self._total - self.written) / rate:.0f} s left" if rate > 0 else ""
+        line = f"{self.written} of {self._total} rows, {rate:.0f}/s{left}, {len(self._failed)} failed"
         print(f"\r{line}\x1b[K" if is_terminal else line, end="" if is_terminal else "\n", file=self._log, flush=True)
 
     def finish(self, max_error_rate: float) -> int:
@@ -192,11 +205,11 @@ class ScoreRun:
         counts = ", ".join(f"{count} {status}" for status, count in sorted(self._statuses.items()))
         held = f" ({self._held} of them from the journal)" if self._held else ""
         end = "\r\x1b[K" if self._log.isatty() else ""
-        print(f"{end}{self._written} rows{held} in {seconds:.1f} s: {counts}", file=self._log)
+        print(f"{end}{self.written} rows{held} in {seconds:.1f} s: {counts}", file=self._log)
         for name, values in self._values.items():
             spent = f", {self._seconds[name]:.2f} s in its processes" if name in self._seconds else ""
             print(f"  {name}: mean {fmean(values):.4f} over {len(values)}{spent}", file=self._log)
-        if len(self._failed) > max_error_rate * self._written:
+        if len(self._failed) > max_error_rate * self.written:
             print(f"more than rewards.max_error_rate {max_error_rate:g} failed: {self._scorer.explain(self._failed)}", file=self._log)
             return 1
         return 0

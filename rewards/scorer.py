@@ -13,7 +13,8 @@ import selectors
 import sys
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -148,6 +149,19 @@ class Scorer:
         self._times.clear()
         self._logged.clear()
         return means | times
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What is judged within, an evaluation, leaves nothing in `metrics`."""
+        times, logged = dict(self._times), dict(self._logged)
+        self._times.clear()
+        self._logged.clear()
+        try:
+            yield
+        finally:
+            self._times.clear()
+            self._times.update(times)
+            self._logged = logged
 
     def explain(self, scores: Sequence[Score]) -> str:
         """One message for Scores without a value: how many failed, the function that failed most, what it said, a traceback."""

@@ -22,8 +22,9 @@ import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
@@ -207,12 +208,19 @@ def import_function(source: str, function: str) -> Any:
         sys.path.append(str(path.parent))
     name = f"reward_plugin_{path.stem}"
     if name not in sys.modules or sys.modules[name].__file__ != str(path):
-        spec = importlib.util.spec_from_file_location(name, path)
+        spec = importlib.util.spec_from_file_location(name, path, loader=_AsItStands(name, str(path)))
         assert spec is not None and spec.loader is not None, path
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # dataclasses and pickle look a class's module up here
         spec.loader.exec_module(module)
     return getattr(sys.modules[name], function)
+
+
+class _AsItStands(SourceFileLoader):
+    """Compiles a file anew: Python's cache takes one that was edited within a second, and kept its size, for what it was."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def _die_with(trainer: int) -> None:

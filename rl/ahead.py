@@ -80,6 +80,7 @@ class AheadStream(GroupStream):
         self._handed_over = False
         """Whether the groups of `step` have been."""
         self._filling = True
+        """Whether new groups are begun."""
 
     # --- what a step takes --------------------------------------------------------------------------------------------
 
@@ -225,6 +226,8 @@ class AheadStream(GroupStream):
             self._ready.append(slot.position)
 
     def _check_errors(self, now: _Step) -> None:
+        if not self._count_wanted:
+            return  # of a run that goes on, before its first step has said how many it takes
         now.expected = max(self._count_wanted * self.config.group_size, len(now.scores))
         super()._check_errors(now)
 
@@ -244,7 +247,7 @@ class AheadStream(GroupStream):
         with self.lock:
             with self.pool.paused() if self.config.interrupts else self._drained():
                 yield
-                self.version = version
+                self.version, self._filling = version, True
 
     @contextmanager
     def _drained(self) -> Iterator[None]:
@@ -259,13 +262,13 @@ class AheadStream(GroupStream):
     def quiet(self) -> Iterator[None]:
         """All that was begun is sampled and scored within, and nothing new is begun."""
         with self.lock:
-            self._filling = False
+            filling, self._filling = self._filling, False
             while self.begun or self.scoring:
                 self.turn(POLL_S)
             try:
                 yield
             finally:
-                self._filling = True
+                self._filling = filling
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -276,6 +279,7 @@ class AheadStream(GroupStream):
     def restore(self, step: int, state: Mapping[str, Any]) -> None:
         super().restore(step, state)
         self.version = step
+        self._filling = not step  # the engines begin with the policy's own weights; those of the checkpoint are the first update
         for position, nth, failures in state.get("ahead", []):
             prompt = self.prompts.at(position)
             self._places[position] = _Place(Slot(self.run, position, prompt.id, nth), prompt, step, failures)

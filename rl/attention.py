@@ -150,12 +150,17 @@ def segment_attention(
     *,
     cohort: Layout,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """query [1, H, T, d], key [1, J, T, d], value [1, J, T, dv] with dv <= d -> [1, T, H, dv].
 
-    Raises ValueError for a sliding window shorter than the batch needs: a window over a shared prompt is not there yet.
+    Raises ValueError for a sliding window shorter than the batch needs, as a window over a shared prompt is not there yet, and for
+    scores that are capped (`softcap`) or have a sink (`s_aux`).
     """
+    if softcap is not None or s_aux is not None:
+        raise ValueError(f"its attention {'has sinks' if softcap is None else 'caps scores'}, which is not there yet over a shared prompt")
     assert attention_mask is None and dropout == 0.0, "a flat batch has no padding mask, and RL trains without dropout"
     if sliding_window is not None and cohort.longest > sliding_window:
         raise ValueError(f"prompt and completion have {cohort.longest} tokens, the model's sliding window is {sliding_window}")
@@ -178,6 +183,7 @@ def cached_attention(
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
     """As transformers calls any attention; the mask is bool or none."""
+    query, key = query.to(value.dtype), key.to(value.dtype)  # beside BF16 matrices the rotation is FP32
     kind = query.dtype
     if query.device.type == "cpu" and kind is torch.bfloat16:
         query, key, value = query.float(), key.float(), value.float()

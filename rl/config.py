@@ -32,7 +32,7 @@ class LoraConfig(Section):
     alpha: int = Field(32, ge=1)
     """The update is scaled by alpha / rank."""
     targets: str | list[str] = "all-linear"
-    """Modules by the ends of their names, or `all-linear`: all but the output head; peft adds the experts' matrices to these."""
+    """Modules by the ends of their names, or `all-linear`: all but the output head, experts' matrices and routers among them."""
     parameters: list[str] = []
     """Further parameters by the ends of their names, such as `mlp.experts.down_proj`."""
 

@@ -26,11 +26,13 @@ from rl.command import main_rank
 from rl.config import RolloutConfig, TrainRecipe
 from rl.estimate import GB, Machine, Place, colocated_share, learner_ranks, machine_of, pass_tokens, places, sent_bytes
 from rl.inputs import (
+    check_conversation,
     check_engine,
     check_gpus,
     check_judge,
     check_policy,
     check_router,
+    check_routes,
     check_trackers,
     config_file,
     is_local,
@@ -39,6 +41,7 @@ from rl.inputs import (
 )
 from rl.policy import load_tokenizer
 from rl.run_folder import RunFolder
+from rl.shard import check_sharded
 from rl.sizes import Sizes, sizes_of
 from rl.step_time import Term, passes_of, step_time, work_of
 
@@ -71,7 +74,8 @@ def dry_run(recipe: TrainRecipe, folder: RunFolder) -> int:
     ours = folder.check(recipe.run.resume)
     inputs = look(recipe, ["prompts", "eval.prompts"])
     machine = machine_of(recipe.hardware)
-    check_gpus(recipe.rollout, machine.gpus)
+    check_gpus(recipe.rollout, machine.gpus, recipe.loss.replay)
+    check_sharded(recipe)
     longest, sizes = longest_sequence(recipe, inputs), policy_sizes(recipe)
     if not main_rank():
         return 0
@@ -125,6 +129,7 @@ def look(recipe: TrainRecipe, sections: list[str]) -> Inputs:
     assert recipe.policy.path is not None
     check_judge(recipe)
     check_trackers(recipe)
+    check_conversation(recipe.rollout)
     check_router(recipe, config_file(recipe.policy))
     missing: list[str] = []
     try:
@@ -177,6 +182,7 @@ def _prompts(
         column = config.columns.get("prompt", "prompt")
         return len(rows), None, "\n".join([head, *(f"  {_shown(row.get(column))}" for row in rows[:EXAMPLES])])
     read = read_prompts(config, tokenizer, room)
+    check_routes(read.prompts, recipe)
     longest = max(len(prompt.token_ids) for prompt in read.prompts)
     skipped = ", ".join(f"{count} {reason}" for reason, count in read.skipped.items())
     head = f"{section}: {len(read.prompts):,} from {config.source}, the longest of {longest} tokens"
@@ -281,6 +287,8 @@ def memory(recipe: TrainRecipe, sizes: Sizes | None, machine: Machine, longest: 
     if any(place.left_bytes < 0 for place in found):
         helps = ["more GPUs"]
         helps += ["learner.optimizer.moments=bf16"] if recipe.learner.optimizer.moments == "fp32" else []
+        if recipe.learner.optimizer.masters == "fp32" and recipe.policy.lora is None and learner_ranks(recipe, machine) == 1:
+            helps += ["learner.optimizer.masters=bf16"] if recipe.policy.precision != "fp32" else []
         helps += ["policy.activation_checkpointing=true"] if not recipe.policy.activation_checkpointing else []
         verdict = f"does not fit; what helps: {', '.join([*helps, 'a lower rollout.max_tokens'])}"
         if recipe.rollout.placement == "colocate":

@@ -39,7 +39,7 @@ VLLM_BATCH_TOKENS = 16384
 """Tokens that vLLM forwards at once while it measures its own need: its largest default (`max_num_batched_tokens`, vLLM 0.32)."""
 VLLM_BLOCK = {"cuda": 16, "cpu": 128}
 """Tokens of a KV block by device; a sequence takes whole blocks."""
-MASTERS_BESIDE = "masters, fp32"
+MASTERS_BESIDE = "masters, "
 """The part that masters are where they are not the weights themselves; they then belong to the optimizer's state."""
 TWO_PROCESSES_BYTES = 3e9
 """Of a GPU that two processes share: their CUDA contexts, and what NCCL and the libraries keep. Assumed, not measured."""
@@ -174,7 +174,7 @@ def resident_and_parked(recipe: TrainRecipe, sizes: Sizes, machine: Machine) -> 
         state.append(Part("a tensor for a checkpoint", GATHERED_BYTES * sizes.largest, f"{GATHERED_BYTES} bytes x the largest"))
     if beside(sum(part.bytes for part in state), recipe.rollout.gpu_memory_utilization, machine.gpu_bytes):
         return state, []
-    parked = [part for part in state if part.name == MASTERS_BESIDE or part.name.startswith("two moments")]
+    parked = [part for part in state if part.name.startswith(MASTERS_BESIDE) or part.name.startswith("two moments")]
     return [part for part in state if part not in parked], parked
 
 
@@ -212,8 +212,8 @@ def _state(recipe: TrainRecipe, sizes: Sizes, shards: int) -> list[Part]:
         share = f"{sizes.adapter / 1e9:.3f}e9 of the adapter" + (f" / {shards}" if shards > 1 else "")
         each = sizes.adapter / shards
         parts.append(Part("adapter, fp32", 4 * each, f"4 bytes x {share}"))
-    elif b < 4 and not sharded:
-        parts.append(Part(MASTERS_BESIDE, 4 * each, f"4 bytes x {share}"))
+    elif not sharded and recipe.policy.precision not in ("fp32", masters := recipe.learner.optimizer.masters):
+        parts.append(Part(MASTERS_BESIDE + masters, ELEMENT_BYTES[masters] * each, f"{ELEMENT_BYTES[masters]} bytes x {share}"))
     parts.append(Part("gradients, fp32", 4 * each, f"4 bytes x {share}"))
     parts.append(Part(f"two moments, {recipe.learner.optimizer.moments}", 2 * m * each, f"2 x {m} bytes x {share}"))
     if recipe.loss.kl_coef > 0.0 and recipe.policy.lora is None:

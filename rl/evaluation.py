@@ -133,16 +133,17 @@ def evaluate(
             Request(prompt.id, group_id, 0, i, completion_seed(seed, prompt.id, 0, i), prompt.token_ids, sampling, position, seen)
             for i in range(samples)
         ])  # fmt: skip
-    while len(scores) < len(done):
-        for completion in pool.poll(POLL_S) if pool.open else []:
-            group = done[completion.group_id]
-            group[completion.index] = completion
-            if len(group) == samples:
-                rows = [group[i] for i in range(samples)]
-                scorer.submit(completion.group_id, job_of(by_group[completion.group_id], completion.group_id, rows, text, -1))
-        for key, group_scores in scorer.poll(0.0 if pool.open else POLL_S):
-            rows = [done[str(key)][i] for i in range(samples)]
-            scores[str(key)] = in_place(rows, group_scores, lambda c: c.failed)
+    with scorer.apart():
+        while len(scores) < len(done):
+            for completion in pool.poll(POLL_S) if pool.open else []:
+                group = done[completion.group_id]
+                group[completion.index] = completion
+                if len(group) == samples:
+                    rows = [group[i] for i in range(samples)]
+                    scorer.submit(completion.group_id, job_of(by_group[completion.group_id], completion.group_id, rows, text, -1))
+            for key, group_scores in scorer.poll(0.0 if pool.open else POLL_S):
+                rows = [done[str(key)][i] for i in range(samples)]
+                scores[str(key)] = in_place(rows, group_scores, lambda c: c.failed)
     seconds = time.perf_counter() - began
     return _summary(done, scores, by_group, text, sampling, samples, part, seconds, scorer.explain, several_turns)
 

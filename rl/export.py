@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("--precision", choices=("bf16", "fp32", "fp8"), required=True)
     parser.add_argument(
         "--keep", nargs="+", metavar="NAME", default=Fp8Config().keep,
-        help="fp8: modules that stay in BF16, by the ends of their names (policy.fp8.keep; default: %(default)s)",
+        help="fp8: modules that stay in BF16, by the ends of their names; in place of the default, %(default)s (policy.fp8.keep)",
     )  # fmt: skip
     given = parser.parse_args()
     try:

@@ -14,7 +14,9 @@ from data.prompt_config import PromptsConfig
 from data.prompt_files import is_hub_id
 from data.prompts import PromptSet, check_prompts, read_prompts
 from data.recipe import InputError
+from data.values import Prompt
 from rewards.plugins import CONVERSATIONS, find_plugin
+from rewards.registry import BUILTINS
 from rewards.worker import import_function
 from rl.config import PolicyConfig, RolloutConfig, TrainRecipe
 
@@ -147,6 +149,26 @@ def check_judge(recipe: TrainRecipe) -> None:
         raise InputError(f"eval.reward: no part named '{recipe.eval.reward}'; rewards.parts has {', '.join(names)}")
 
 
+def check_routes(prompts: Sequence[Prompt], recipe: TrainRecipe) -> None:
+    """InputError for a prompt that is routed to rewards which the recipe does not have, and where none has what a reward judges by."""
+    judged: dict[str, bool] = {}
+    for prompt in prompts:
+        try:
+            parts = recipe.rewards.parts_for(prompt.columns)
+        except ValueError as error:
+            raise InputError(f"prompt '{prompt.id}': {error}; add the route, or correct the row") from None
+        for part in parts:
+            if part.name in BUILTINS and BUILTINS[part.name].gold:
+                has = any(prompt.columns.get(column) not in (None, "", []) for column in BUILTINS[part.name].gold)
+                judged[part.name] = judged.get(part.name, False) or has
+    for name, some in judged.items():
+        if not some:
+            columns = " or ".join(BUILTINS[name].gold)
+            raise InputError(
+                f"rewards.parts: {name} judges by {columns}, and no prompt has either; name the column, as in prompts.columns.answer=COLUMN"
+            )
+
+
 def judge_of(recipe: TrainRecipe) -> str:
     """The part that says whether a completion is right."""
     return recipe.eval.reward or recipe.rewards.parts[0].key
@@ -196,10 +218,14 @@ def check_vllm(rollout: RolloutConfig) -> None:
         )
 
 
-def check_gpus(rollout: RolloutConfig, gpus: int) -> None:
+def check_gpus(rollout: RolloutConfig, gpus: int, replay: str = "none") -> None:
     """gpus: of the node that the engines are on; 0 is a CPU machine. Engines in the learner's process (hf) need none of their own."""
     if rollout.elsewhere:
         return
+    if replay == "rollout" and rollout.engine == "vllm" and gpus == 0:
+        raise InputError(
+            "loss.replay: vLLM returns the experts it chose on a GPU alone, and this machine has none; take rollout.engine=hf, or none"
+        )
     needed = rollout.engines * rollout.tensor_parallel
     if rollout.engine == "vllm" and 0 < gpus < needed:
         raise InputError(

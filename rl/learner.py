@@ -8,6 +8,7 @@ All ranks hold all groups of a step, so each counts normalisers for itself; grad
 ranks. Every rank runs the same number of passes.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -29,6 +30,7 @@ from rl.ranks import Ranks
 from rl.replay import Replay
 from rl.router import Router
 from rl.shard import output_head
+from rl.stream import RunStopped
 from rl.watch import Watch
 
 
@@ -121,9 +123,18 @@ class Learner:
     # --- one optimizer step -------------------------------------------------------------------------------------------
 
     def step(self, batches: Sequence[TrainBatch]) -> None:
-        """Forward and backward over the passes of one optimizer step, then the update."""
+        """Forward and backward over the passes of one optimizer step, then the update.
+
+        Raises RunStopped, on all ranks, if the gradient is not finite: the weights stay what they were.
+        """
         self._backward(batches)
         norm = self.optim.clip(self.config.max_grad_norm)
+        if not math.isfinite(norm):
+            raise RunStopped(
+                f"step {self.updates // self._updates_per_step}: the gradient's norm is {norm}, so the policy was not updated, "
+                "and its last checkpoint is whole; look at the last rows of metrics.jsonl: a lower learner.lr may help, or, where mismatch "
+                "grew, loss.correction"
+            )
         rate = self.learning_rate()
         self.optim.step(rate)
         self.updates += 1

@@ -5,6 +5,7 @@ peft puts its layers into the model in place, experts included. What leaves the 
 merged. The reference of a KL term is the policy with its adapter off, so no second model is kept.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from data.recipe import InputError
 from rl.config import LoraConfig
 
 if TYPE_CHECKING:  # a learner without an adapter needs no peft
@@ -24,25 +26,48 @@ ADAPTER = "default"
 def add_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
     """Adds an adapter that changes nothing yet (B is zero) and leaves it alone trainable, in float32; A depends on `seed` alone.
 
-    Raises ValueError where no module of the model is meant by `config.targets`.
+    Raises InputError where no module of the model is meant by `config.targets`, or peft cannot adapt what is.
     """
     from peft import LoraConfig as PeftLoraConfig
     from peft import inject_adapter_in_model
 
-    settings = PeftLoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        target_modules=config.targets if isinstance(config.targets, str) else list(config.targets),
-        target_parameters=list(config.parameters) or None,
-        lora_dropout=0.0,
-    )
+    def inject(into: torch.nn.Module, targets: str | list[str], parameters: list[str]) -> None:
+        settings = PeftLoraConfig(
+            r=config.rank, lora_alpha=config.alpha, target_modules=targets, target_parameters=parameters or None, lora_dropout=0.0
+        )
+        inject_adapter_in_model(settings, into, ADAPTER)
+
+    wanted = [name for name in _linears(model) if _is_meant(name, config.targets)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(settings, model, ADAPTER)
+        try:
+            inject(model, config.targets, config.parameters)
+            # In a mixture of experts peft takes `gate_proj`, `up_proj` and `down_proj` to be the experts' alone. Within a module that
+            # has no config they are what they are: those of dense layers and of shared experts.
+            adapted = adapter_layers(model)
+            for name in wanted:
+                if f"{name}.weight" not in adapted:
+                    parent, _, child = name.rpartition(".")
+                    inject(torch.nn.ModuleDict({"of": model.get_submodule(parent)}), [f"of.{child}"], [])
+        except ValueError as error:
+            raise InputError(f"policy.lora.targets: {config.targets}: {' '.join(str(error).split())}") from None
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+def _linears(model: PreTrainedModel) -> list[str]:
+    """Names of the model's linear layers, without the output head."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head]
+
+
+def _is_meant(name: str, targets: str | list[str]) -> bool:
+    """As peft reads them: `all-linear`, a regular expression, or the ends of names."""
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def has_adapter(model: torch.nn.Module) -> bool:

@@ -35,6 +35,7 @@ from rl.config import MtpConfig
 from rl.experts import expert_views
 from rl.fp8.files import Fp8Files
 from rl.logp import logp_and_entropy
+from rl.lora import has_adapter
 from rl.ranks import Ranks
 
 SHARED = ("embed_tokens.weight", "shared_head.head.weight")
@@ -206,7 +207,9 @@ class MtpLoss:
                 "learner.mtp.weight: the policy has no multi-token prediction module; set it to 0, or attach one (sft.mtp_weight)"
             )
         if layer is not None:
-            layer.requires_grad_(self.on)
+            adapter = has_adapter(layer)  # base weights stay as they are, codes among them
+            for name, parameter in layer.named_parameters():
+                parameter.requires_grad_(self.on and ("lora_" in name or not adapter))
         self._embedded_TD: torch.Tensor | None = None
         """Of the trunk's last pass: a sharded embedding is there within that pass alone."""
         if self.on:

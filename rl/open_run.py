@@ -25,6 +25,8 @@ from data.recipe import InputError
 from data.values import Prompt
 from rewards.alarms import Alarms
 from rewards.scorer import Scorer
+from rewards.versions import META as VERSIONS
+from rewards.versions import reward_versions
 from rl.ahead import AheadStream, Pump
 from rl.checkpoint import check_room, full_disk_named
 from rl.command import asked_to_end
@@ -34,31 +36,27 @@ from rl.engines.make import make_engines
 from rl.engines.nccl import NcclSync
 from rl.engines.vllm import preload
 from rl.engines.weights import Manifest, TensorSpec, read_manifest
+from rl.estimate import WEIGHT_BYTES
+from rl.forward_check import check_forward
 from rl.fp8.convert import Masters, fp8_model
 from rl.fp8.folder import engine_policy
-from rl.inputs import check_gpus, check_router, read_prompt_sets
+from rl.inputs import check_gpus, check_router, check_routes, read_prompt_sets
 from rl.learner import Learner
 from rl.lora import add_adapter
 from rl.metrics_file import MetricsFile
 from rl.mixed import residual_in_fp32
 from rl.placement import ColocatedStream, ColocatedSync, Turns
-from rl.policy import DTYPES, load_model, load_tokenizer, policy_fingerprint, policy_folder
+from rl.policy import DTYPES, drop_nothing, load_model, load_tokenizer, policy_fingerprint, policy_folder
 from rl.progress import Display
 from rl.ranks import Ranks
 from rl.router import cut_router
 from rl.run import Run
 from rl.run_folder import RunFolder
-from rl.shard import shard, wanted
+from rl.shard import check_sharded, shard, wanted
 from rl.stream import GroupStream, SharedStream
 from rl.sync import WeightSync
 
 PR_SET_PDEATHSIG = 1
-CHECKPOINT_BYTES = {
-    "fp32": {"fp32": 4 + 8, "bf16": 4 + 4},
-    "bf16": {"fp32": 2 + 4 + 8, "bf16": 2 + 4 + 4},
-    "fp8": {"fp32": 1 + 4 + 8, "bf16": 1 + 4 + 4},
-}
-"""Bytes a parameter takes in a checkpoint, by precision and moments: weights, FP32 masters unless they are the weights, moments."""
 
 
 @contextmanager
@@ -79,14 +77,9 @@ def open_run(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks) -> Iterator[R
 def _open(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks, stack: ExitStack) -> Run:
     torch.set_num_threads(recipe.learner.threads or min(os.cpu_count() or 1, 16))
     assert recipe.policy.path is not None
-    check_gpus(recipe.rollout, torch.cuda.device_count())
+    check_gpus(recipe.rollout, torch.cuda.device_count(), recipe.loss.replay)
     if ranks.main and recipe.rollout.engine == "vllm" and not recipe.rollout.elsewhere:
         preload()  # importing vllm takes ten seconds; it goes on beside what follows
-    here = recipe.rollout.engine == "vllm" and not recipe.rollout.elsewhere
-    if recipe.loss.replay == "rollout" and here and not torch.cuda.is_available():
-        raise InputError(
-            "loss.replay: vLLM returns the experts it chose on a GPU alone, and this machine has none; take rollout.engine=hf, or none"
-        )
     source = policy_folder(recipe.policy.path, recipe.policy.revision)
     check_router(recipe, source / "config.json")
     tokenizer = load_tokenizer(source)
@@ -97,7 +90,7 @@ def _open(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks, stack: ExitStack
     run.learner = _learner(run, source)
     for read in (prompts, held_out):
         _check_vocabulary(read.prompts if read else (), run)
-        _check_routes(read.prompts if read else (), recipe)
+        check_routes(read.prompts if read else (), recipe)
     if ranks.main:
         _check_room(run)
         folder.claim()
@@ -108,6 +101,8 @@ def _open(recipe: TrainRecipe, folder: RunFolder, ranks: Ranks, stack: ExitStack
         folder.go_on()
         run.checkpoints.set_aside_after(run.start)
     run.display = Display(recipe.run.name, recipe.learner.steps, run.start, shown=ranks.main)
+    if ranks.main:
+        _note_rewards(run)
     if prompts is not None:
         _say_prompts(run, prompts, held_out)
     stack.enter_context(run.display)
@@ -145,12 +140,8 @@ def _learner(run: Run, source: Path) -> Learner:
     fp8 = recipe.policy.fp8 if recipe.policy.precision == "fp8" else None
     compute = DTYPES[fp8.rest if fp8 else recipe.policy.precision]
     sharded = compute if wanted() else None
-    if sharded is not None and recipe.policy.lora is not None:
-        raise InputError("policy.lora: adapters with FSDP are not there yet; launch without it, or train all weights")
-
+    check_sharded(recipe)
     masters_bf16 = recipe.learner.optimizer.masters == "bf16"
-    if sharded is not None and masters_bf16:
-        raise InputError("learner.optimizer.masters: what FSDP shards are FP32 masters; set fp32, or launch without it")
 
     # With it transformers loads zeros on all ranks but the first and counts on a broadcast; here each keeps its share of its own copy.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
@@ -181,16 +172,25 @@ def _learner(run: Run, source: Path) -> Learner:
         reference = load(source, "none" if sharded is None else "trained").requires_grad_(False)
     if recipe.policy.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()  # transformers recomputes in training mode alone; dropout is checked in the attention
-    return Learner(
+        model.train()  # transformers recomputes in training mode alone
+        drop_nothing(model)
+    learner = Learner(
         model, recipe.loss, recipe.learner, ranks, sharded=sharded,
         temperature=recipe.rollout.temperature, max_tokens=recipe.rollout.max_tokens, reference=reference,
     )  # fmt: skip
+    if not run.start:
+        check_forward(learner)
+    return learner
 
 
 def _check_vocabulary(prompts: Sequence[Prompt], run: Run) -> None:
     tokens = run.learner.model.config.vocab_size
     for prompt in prompts:
+        if len(prompt.token_ids) < 2 and run.recipe.learner.mtp.weight:
+            raise InputError(
+                f"learner.mtp.weight: prompt '{prompt.id}' has one token, and multi-token prediction reads two; leave it out, or set the "
+                "weight to 0"
+            )
         if prompt.token_ids.max() >= tokens:
             raise InputError(
                 f"policy.path: prompt '{prompt.id}' has token {prompt.token_ids.max()}, the policy knows tokens 0 to {tokens - 1}: "
@@ -210,6 +210,19 @@ def _check_same_inputs(run: Run, source: Path, prompts: PromptSet | None) -> Non
     run.journal.set_meta(**now)
 
 
+def _note_rewards(run: Run) -> None:
+    """Says which reward functions are not those that a run was scored with, as one that failed may have been mended, and keeps all their
+    versions, the newest last: no one else takes its scores for those of one function."""
+    seen: dict[str, str] = run.journal.meta(VERSIONS) or {}
+    for name, version in reward_versions(run.recipe.rewards).items():
+        before = seen.get(name, "").split()
+        if before and before[-1] != version:
+            run.display.say(f"rewards: '{name}' has changed since this run was last scored; from here on its scores are the new one's")
+        if not before or before[-1] != version:
+            seen[name] = " ".join([*before, version])
+    run.journal.set_meta(**{VERSIONS: seen})
+
+
 def _prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
     digest = hashlib.sha256()
     for prompt in prompts:
@@ -217,20 +230,22 @@ def _prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
     return digest.hexdigest()
 
 
-def _check_routes(prompts: Sequence[Prompt], recipe: TrainRecipe) -> None:
-    for prompt in prompts:
-        try:
-            recipe.rewards.parts_for(prompt.columns)
-        except ValueError as error:
-            raise InputError(f"prompt '{prompt.id}': {error}; add the route, or correct the row") from None
-
-
 def _check_room(run: Run) -> None:
-    recipe = run.recipe
-    each = CHECKPOINT_BYTES[recipe.policy.precision][recipe.learner.optimizer.moments]
-    parameters = sum(p.numel() for p in run.learner.model.parameters())
-    missing = recipe.checkpoint.keep + 1 - len(run.checkpoints.steps())
-    check_room(run.folder.path, parameters * each * missing)
+    parameters = [p for name, p in run.learner.model.named_parameters() if "lora_" not in name]
+    weights = WEIGHT_BYTES[run.recipe.policy.precision] * sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for _, p in run.learner.optim.parameters)
+    missing = run.recipe.checkpoint.keep + 1 - len(run.checkpoints.steps())
+    check_room(run.folder.path, missing * (weights + trained * _state_bytes(run.recipe)))
+
+
+def _state_bytes(recipe: TrainRecipe) -> int:
+    """Bytes that a trained parameter takes in a checkpoint beside its weight: both moments, and a master that is not the weight."""
+    precision, optimizer = recipe.policy.precision, recipe.learner.optimizer
+    if recipe.policy.lora is not None:
+        apart = WEIGHT_BYTES["fp32"]  # the adapter's own
+    else:
+        apart = 0 if precision == "fp32" or optimizer.masters == precision else WEIGHT_BYTES[optimizer.masters]
+    return apart + 2 * WEIGHT_BYTES[optimizer.moments]
 
 
 def _turns(run: Run) -> Turns | None:

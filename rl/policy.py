@@ -107,6 +107,14 @@ def load_model(path: str | Path, dtype: torch.dtype, *, attention_name: str = at
     return model.eval()
 
 
+def drop_nothing(model: torch.nn.Module) -> None:
+    """Sets every rate of dropout to 0, of layers too: RL trains without, and where activations are recomputed eval mode cannot say so."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or (isinstance(module, torch.nn.Dropout) and name == "p")):
+                setattr(module, name, 0.0)
+
+
 def _coded_source(path: Path) -> tuple[Any, dict[str, Any]]:
     """The class of a block-FP8 policy, and what its `from_pretrained` takes to load it as if it were saved in high precision."""
     config = plain_config(path)

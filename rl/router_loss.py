@@ -29,7 +29,9 @@ def load_of_logits(logits: Sequence[torch.Tensor], count_T: torch.Tensor, top_k:
 
 
 def aux_loss(logits: Sequence[torch.Tensor], count_T: torch.Tensor, load_E: torch.Tensor, rows: float) -> torch.Tensor:
-    """A pass's share of the loss of an optimizer step whose whole load is `load_E` over `rows`."""
+    """A pass's share of the loss of an optimizer step whose whole load is `load_E` over `rows`; 0 where nothing counts in all of it."""
+    if not rows:
+        return sum((0.0 * x.sum() for x in logits), start=torch.zeros((), device=load_E.device))
     weighted_E = sum((count_T.to(p.dtype) @ p for p in map(_probabilities, logits)), start=torch.zeros((), device=load_E.device))
     return len(load_E) * (load_E / rows).to(weighted_E.dtype) @ weighted_E / rows
 

@@ -110,7 +110,7 @@ def _check_writable(path: Path) -> None:
 
 
 def _flatten(values: Any, place: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict) or not values:
+    if not isinstance(values, dict):
         return {place: values}
     return {k: v for name, value in values.items() for k, v in _flatten(value, f"{place}.{name}".lstrip(".")).items()}
 

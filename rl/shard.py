@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
 from data.recipe import InputError
+from rl.config import TrainRecipe
 from rl.fp8.layout import coded
 from rl.fp8.sharded import spread
 from rl.ranks import Ranks
@@ -29,6 +30,14 @@ from rl.ranks import Ranks
 def wanted() -> bool:
     """Whether accelerate was told to shard."""
     return bool(str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
+
+
+def check_sharded(recipe: TrainRecipe) -> None:
+    """InputError for what sharding does not have yet, if accelerate was told to shard."""
+    if wanted() and recipe.policy.lora is not None:
+        raise InputError("policy.lora: adapters with FSDP are not there yet; launch without it, or train all weights")
+    if wanted() and recipe.learner.optimizer.masters == "bf16":
+        raise InputError("learner.optimizer.masters: what FSDP shards are FP32 masters; set fp32, or launch without it")
 
 
 def shard(model: PreTrainedModel, ranks: Ranks, compute: torch.dtype) -> None:

@@ -133,7 +133,6 @@ class GroupStream:
         is left out. Raises RunStopped if none is left or too many scores failed, EngineDead if engines keep dying.
         """
         now = _Step()
-        self.scorer.metrics()  # those of an evaluation since the last step
         slots = self._fresh(count)
         for attempts_left in range(self.config.max_resamples, -1, -1):
             if not slots:

@@ -18,6 +18,7 @@ from typing import Any
 from data.journal_file import InUse
 from data.prompts import check_prompts
 from data.recipe import InputError, read_recipe, resolved_yaml
+from rewards.versions import reward_versions
 from rl.command import asked_to_end, command_line, exit_code, mistake, stopped
 from rl.inputs import check_engine, check_policy
 from rl.run_folder import RunFolder
@@ -69,7 +70,7 @@ def curate(recipe: CurateRecipe, folder: RunFolder) -> dict[str, Any]:
     from rewards.scorer import Scorer
     from rl.engines.vllm import preload
     from rl.run import Interrupted
-    from sft.experts import Expert, claim_inputs
+    from sft.experts import Expert, claim_inputs, claim_rewards
     from sft.records import Writer
     from sft.sampling import Sampler
 
@@ -83,6 +84,7 @@ def curate(recipe: CurateRecipe, folder: RunFolder) -> dict[str, Any]:
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(folder.path / "journal.sqlite"))
         claim_inputs(journal, experts)
+        claim_rewards(journal, recipe.rewards, experts)
         folder.go_on()
         (folder.path / "exit.json").unlink(missing_ok=True)  # it tells of another selection, or of how a process ended before
         cleaned = [expert.clean(recipe.clean, folder.path) for expert in experts]
@@ -128,13 +130,13 @@ def check_sampled(run: Path) -> None:
 
 
 def finished(recipe: CurateRecipe, folder: RunFolder) -> dict[str, Any] | None:
-    """The result of a run of this very recipe that has ended, None if there is still something to do."""
+    """The result of a run of this very recipe, by these very reward functions, that has ended; None if there is something to do."""
     path = folder.path / "exit.json"
     if not path.is_file() or not (folder.path / "curated").is_dir():
         return None
     ended = json.loads(path.read_text(encoding="utf-8"))
     same = (folder.path / "curated" / "recipe.yaml").read_text(encoding="utf-8") == resolved_yaml(recipe)
-    return ended["result"] if ended["code"] == 0 and same else None
+    return ended["result"] if ended["code"] == 0 and same and ended["result"]["rewards"] == reward_versions(recipe.rewards) else None
 
 
 def report(folder: RunFolder, result: dict[str, Any], remark: str = "") -> int:

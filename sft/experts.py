@@ -21,6 +21,8 @@ from data.journal import Journal, Slot
 from data.recipe import InputError
 from data.rows import SourceRow
 from data.values import Completion, Prompt, Score, completion_seed, group_id
+from rewards.config import RewardsConfig
+from rewards.versions import META, changed_reward, reward_versions
 from rl.inputs import read_prompt_sets
 from rl.policy import load_tokenizer, policy_folder
 from sft.curate_config import ORIGINAL, CurateRecipe, ExpertConfig
@@ -173,3 +175,15 @@ def claim_inputs(journal: Journal, experts: Sequence[Expert]) -> None:
                     "though the recipe says the same; restore them, or choose another run.name"
                 )
     journal.set_meta(**{f"expert/{expert.name}": expert.fingerprint for expert in experts})
+
+
+def claim_rewards(journal: Journal, rewards: RewardsConfig, experts: Sequence[Expert]) -> None:
+    """A curation goes on only with the reward functions whose scores its journal holds; without a score any may begin."""
+    versions = reward_versions(rewards)
+    changed = changed_reward(journal, versions)
+    names = [name for expert in experts for name in (expert.name, expert.name + ORIGINAL)]
+    if changed is not None and any(journal.scores(group) for name in names for group in journal.unused(name)):
+        raise InputError(
+            f"rewards: '{changed}' has changed since {journal.path.parent} was scored; restore it, or choose another run.name to score anew"
+        )
+    journal.set_meta(**{META: versions})

@@ -1,22 +1,10 @@
-"""What a Record's provenance is made of: which weights, and which version of which reward function.
+"""What a Record's provenance is made of beside the versions of its rewards (`rewards.versions`): which weights, which recipe."""
 
-A reward's version is a hash of its source, and of every module of Cohort that this one imports: a correction anywhere in it gives
-another version, by which `data.retract` finds the rows that rest on the old one. Its options are part of it.
-"""
-
-import ast
 import hashlib
-import json
 from pathlib import Path
 
 from data.recipe import Section, resolved_yaml
-from rewards.config import RewardsConfig
-from rewards.plugins import find_source
 
-OURS = ("data", "rewards")
-"""Packages whose modules count as part of a reward function that imports them."""
-SHORT = 12
-"""Hexadecimal digits of a version."""
 BLOCK_BYTES = 1 << 22
 
 
@@ -34,37 +22,3 @@ def weight_hash(folder: Path) -> str:
 def recipe_hash(recipe: Section) -> str:
     """sha256 of the recipe with all its defaults."""
     return hashlib.sha256(resolved_yaml(recipe).encode()).hexdigest()
-
-
-def reward_versions(rewards: RewardsConfig) -> dict[str, str]:
-    """Reward function by its key -> its version."""
-    versions = {}
-    for key, plugin in rewards.functions().items():
-        digest = hashlib.sha256(json.dumps(rewards.part(key).options, sort_keys=True).encode())
-        for path in _sources(find_source(plugin.source)):
-            digest.update(path.read_bytes())
-        versions[key] = digest.hexdigest()[:SHORT]
-    return versions
-
-
-def _sources(path: Path) -> list[Path]:
-    """A module's file and those of the modules of Cohort that it imports, by way of others too; by name."""
-    found: dict[Path, None] = {}
-    waiting = [path]
-    while waiting:
-        file = waiting.pop()
-        if file not in found:
-            found[file] = None
-            waiting += [find_source(module) for module in _imported(file) if module.split(".")[0] in OURS]
-    return sorted(found, key=lambda file: (file != path, str(file)))
-
-
-def _imported(path: Path) -> set[str]:
-    """Modules that a file imports, anywhere in it."""
-    modules: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_bytes())):
-        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            modules.add(node.module)
-        elif isinstance(node, ast.Import):
-            modules.update(alias.name for alias in node.names)
-    return {module for module in modules if "." in module}

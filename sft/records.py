@@ -27,11 +27,12 @@ from data.rows import SourceRow
 from data.select import Choice, in_window, is_right, pairs, pass_rate, preference_row, select
 from data.values import Group, Messages, Prompt, Provenance, Record
 from rewards.answers import find_answer
+from rewards.versions import reward_versions
 from rl.stream import RunStopped
 from sft.curate_config import ORIGINAL, CurateRecipe
 from sft.experts import Expert
 from sft.mixture import REASON, Mixture
-from sft.provenance import recipe_hash, reward_versions
+from sft.provenance import recipe_hash
 
 CHUNK = 256
 """Groups in memory at a time."""
@@ -102,14 +103,14 @@ class Writer:
 
     def _spool(self, filters: Sequence[str]) -> None:
         """What `select` keeps, as rows of records, and what it does not, with the reason; each into a file, group by group."""
-        taken: Counter[str] = Counter()
+        taken: Counter[tuple[str, str]] = Counter()
         with (self.work / CANDIDATES).open("w", encoding="utf-8") as kept, (self.work / UNSELECTED).open("w", encoding="utf-8") as others:
             for expert in self.experts:
                 groups = self.groups(expert)
                 while chunk := list(islice(groups, CHUNK)):
                     self._count(group for group, _ in chunk)
                     attempts = {group.id: attempt for group, attempt in chunk}
-                    chosen = self._select([group for group, _ in chunk], expert, taken)
+                    chosen, beyond = self._select([group for group, _ in chunk], expert, taken)
                     for choice in chosen:
                         self.counts["selected"] += 1
                         record = self._record(expert, choice, attempts[choice.group.id], filters)
@@ -117,31 +118,43 @@ class Writer:
                     places = {(choice.group.id, choice.index) for choice in chosen}
                     for group, attempt in chunk:
                         for index in range(attempt.size):
-                            if (group.id, index) not in places:
-                                others.write(json.dumps(self._left_out(expert, group, index, attempt), ensure_ascii=False) + "\n")
+                            if (place := (group.id, index)) not in places:
+                                row = self._left_out(expert, group, index, attempt, place in beyond)
+                                others.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def _select(self, groups: Sequence[Group], expert: Expert, taken: Counter[str]) -> list[Choice]:
-        """What `select` keeps of some groups; `taken` counts completions by prompt over all experts."""
+    def _select(
+        self, groups: Sequence[Group], expert: Expert, taken: Counter[tuple[str, str]]
+    ) -> tuple[list[Choice], set[tuple[str, int]]]:
+        """What `select` keeps of some groups, and the places of what `max_per_prompt` alone leaves out.
+
+        `taken` counts completions by prompt over all experts; prompts of two sources are two, also where they share an id."""
 
         def answers(group: Group) -> list[str | None]:
             return [find_answer(expert.text(completion), group.prompt.text) for completion in group.completions]
 
-        # An original response stands alone: it has no pass rate to speak of, and nothing to be chosen from.
-        alone = self.recipe.select.model_copy(update={"pass_rate": None, "rule": "all_correct"})
         most = self.recipe.select.max_per_prompt
+        config = self.recipe.select.model_copy(update={"max_per_prompt": None})
+        # An original response stands alone: it has no pass rate to speak of, and nothing to be chosen from.
+        alone = config.model_copy(update={"pass_rate": None, "rule": "all_correct"})
+        source = expert.config.prompts.model_dump_json(include={"path", "task", "options", "split"})
         chosen: list[Choice] = []
+        beyond: set[tuple[str, int]] = set()
         for group in groups:
             is_original = group.id.startswith(f"{expert.name}{ORIGINAL}/")
-            room = None if most is None else max(0, most - taken[group.prompt.id])
-            chosen += (of_group := select([group], alone if is_original else self.recipe.select, answers)[:room])
-            taken[group.prompt.id] += len(of_group)
-        return chosen
+            wanted = select([group], alone if is_original else config, answers)
+            room = len(wanted) if most is None else max(0, most - taken[source, group.prompt.id])
+            chosen += wanted[:room]
+            beyond.update((group.id, choice.index) for choice in wanted[room:])
+            taken[source, group.prompt.id] += len(wanted[:room])
+        return chosen, beyond
 
-    def _left_out(self, expert: Expert, group: Group, index: int, attempt: Attempt) -> dict[str, Any]:
-        """A completion that is not selected, with the reason, as a row of UNSELECTED."""
+    def _left_out(self, expert: Expert, group: Group, index: int, attempt: Attempt, is_beyond: bool) -> dict[str, Any]:
+        """A completion that is not selected, with the reason, as a row of UNSELECTED; `is_beyond`: chosen, but for `max_per_prompt`."""
         config, score = self.recipe.select, group.scores[index]
         rate = pass_rate(group, config)
-        if score.status in ("timeout", "error"):
+        if is_beyond:
+            reason, detail = "max_per_prompt", f"{config.max_per_prompt} of its prompt are taken"
+        elif score.status in ("timeout", "error"):
             reason, detail = "failed_score", score.detail
         elif score.status == "unscored":
             reason, detail = "unscored", score.detail

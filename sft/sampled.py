@@ -17,6 +17,7 @@ from data.journal import Attempt, Journal
 from data.parquet import read_rows
 from data.recipe import InputError, read_recipe, resolved_yaml
 from data.values import Completion, Score
+from rewards.versions import changed_reward, reward_versions
 from rl.config import TrainRecipe
 
 
@@ -43,8 +44,10 @@ class SampledRun:
         self.lost = 0
 
     def same_rewards(self, recipe: TrainRecipe) -> bool:
-        """Whether the run's scores are what a recipe's rewards would say."""
-        return resolved_yaml(self.recipe.rewards) == resolved_yaml(recipe.rewards)
+        """Whether the run's scores are what a recipe's rewards would say; the same versions of them, if its journal names any."""
+        with Journal(self.folder / "journal.sqlite", read_only=True) as journal:
+            unchanged = changed_reward(journal, reward_versions(recipe.rewards)) is None
+        return unchanged and resolved_yaml(self.recipe.rewards) == resolved_yaml(recipe.rewards)
 
     def __iter__(self) -> Iterator[SampledGroup]:
         self.lost = 0

@@ -2,9 +2,10 @@
 
 Every policy is judged on every domain as `rl.evaluate` does it, with the same random numbers, and the differences that a recipe asks
 about are paired by prompt: what is hard for both cancels out, so the interval is as narrow as it can be. Each evaluation is kept in the
-run's folder, by the weights it is of, and is not done again.
+run's folder, by the weights, prompts and rewards it is of, and is not done again.
 """
 
+import hashlib
 import json
 import math
 import sys
@@ -19,6 +20,7 @@ from data.prompt_config import PromptsConfig
 from data.prompts import check_prompts
 from data.recipe import InputError, Section, nearest, read_recipe, resolved_yaml
 from rewards.config import RewardsConfig
+from rewards.versions import reward_versions
 from rl.command import command_line, mistake
 from rl.config import EvalConfig, LearnerConfig, PolicyConfig, RolloutConfig, RunConfig, TrainRecipe
 from rl.inputs import check_conversation, check_engine, check_policy
@@ -107,14 +109,21 @@ def main() -> int:
 
 
 def evaluated(recipe: TableRecipe, policy: NamedPolicy, domain: DomainConfig, folder: Path) -> dict[str, Any]:
-    """pass@1 and the share of right completions of each prompt; from the folder, if it was done for these weights."""
+    """pass@1 and the share of right completions of each prompt; from the folder, if it was done for these
+    weights, prompts and reward functions."""
     from rl.evaluate import evaluate_policy, numbers, write_json
     from rl.policy import policy_folder
     from sft.provenance import weight_hash
 
     weights = weight_hash(policy_folder(policy.path, None))
     path = folder / f"{policy.name}-{domain.name}.json"
-    asked = {"weights": weights, "prompts": domain.prompts.model_dump(mode="json"), "rollout": recipe.rollout.model_dump(mode="json")}
+    asked = {
+        "weights": weights,
+        "prompts": domain.prompts.model_dump(mode="json"),
+        "prompts_sha256": _file_hash(domain.prompts.path),
+        "rollout": recipe.rollout.model_dump(mode="json"),
+        "reward_versions": reward_versions(recipe.rewards),
+    }
     if path.is_file() and (held := json.loads(path.read_text(encoding="utf-8")))["asked"] == asked:
         return held
     print(f"{policy.name} on {domain.name} …", flush=True)
@@ -124,6 +133,14 @@ def evaluated(recipe: TableRecipe, policy: NamedPolicy, domain: DomainConfig, fo
     held = {"asked": asked, **numbers(judged, found), "right": found[0].right}
     write_json(path, held)
     return held
+
+
+def _file_hash(path: str | None) -> str | None:
+    """sha256 of a prompt file; None for a task or a hub id."""
+    if path is None or not Path(path).is_file():
+        return None
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def comparisons(recipe: TableRecipe, found: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any]]:

@@ -37,13 +37,17 @@ class TokenRows:
     """Rows that were longer than the context."""
     longest: int
     """Tokens of the longest row that stays."""
+    unknown: int
+    """Tokens of these rows that stand for text which the tokenizer does not know."""
 
 
 def tokenise(
     rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int | None, too_long: str, marked: Marked
 ) -> TokenRows:
     """All rows in their order; InputError for one that is too long (with `refuse`) and where none is left."""
-    kept = []
+    kept, unknown = [], 0
+    known = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    unk = None if tokenizer.unk_token_id in known else tokenizer.unk_token_id  # some have one token for all of these
     for number, row in enumerate(rows, start=1):
         try:
             ids, labels = _row(row, tokenizer, marked)
@@ -51,6 +55,7 @@ def tokenise(
             raise InputError(f"data: row {number}: {' '.join(str(error).split())}") from None
         if max_length is None or len(ids) <= max_length:
             kept.append({"input_ids": ids, "labels": labels})
+            unknown += ids.count(unk) if unk is not None else 0
         elif too_long == "refuse":
             raise InputError(
                 f"data: row {number} has {len(ids)} tokens and there is room for {max_length}; shorten it, raise sft.max_length up to "
@@ -58,7 +63,12 @@ def tokenise(
             )
     if not kept:
         raise InputError(f"data: all {len(rows)} rows are longer than {max_length} tokens; raise sft.max_length")
-    return TokenRows(kept, len(rows) - len(kept), max(len(row["input_ids"]) for row in kept))
+    return TokenRows(kept, len(rows) - len(kept), max(len(row["input_ids"]) for row in kept), unknown)
+
+
+def unknown_line(unknown: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What to say of text that a tokenizer does not know."""
+    return f"{unknown:,} tokens are {tokenizer.unk_token}: text that this tokenizer does not know, and that is lost to the policy"
 
 
 def _row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, marked: Marked) -> tuple[Ids, Ids]:

@@ -50,6 +50,7 @@ def run(recipe: SftRecipe, rows: list[dict[str, Any]], folder: RunFolder) -> int
     # trl reports its use to the hub unless told not to; nothing leaves this machine unasked.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from rl.run import Interrupted  # loads torch, transformers and trl
+    from sft.tokens import unknown_line
     from sft.trainer import load_policy, token_rows, train
 
     policy = load_policy(recipe)
@@ -59,6 +60,8 @@ def run(recipe: SftRecipe, rows: list[dict[str, Any]], folder: RunFolder) -> int
         (folder.path / "exit.json").unlink(missing_ok=True)
         if tokens.skipped:
             print(f"{tokens.skipped} of {len(rows)} rows are too long and left out", flush=True)
+        if tokens.unknown:
+            print(unknown_line(tokens.unknown, policy[1]), flush=True)
     try:
         result = train(recipe, policy, tokens, folder.path)
         if is_main() and recipe.eval.prompts is not None:

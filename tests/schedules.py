@@ -291,7 +291,11 @@ def _one_life(world: World, journal: Journal, checkpoints: dict[int, dict[str, A
     with pool:
         journal.resume(start)
         stream.restore(start, checkpoints.get(start, {}))
-        sync(pool.engines, start)
+        ahead(world, stream)  # of a run that goes on nothing may begin before the checkpoint's weights are there
+        with stream.standing_still(start):
+            assert not (start and pool.open), "sampled from the weights that the engines began with"
+            sync(pool.engines, start)
+        ahead(world, stream)
         for step in range(start, shape.steps):
             groups = stream.next(shape.per_step)
             taught = learn(groups)

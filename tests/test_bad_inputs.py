@@ -353,7 +353,7 @@ def a_plugin_that_does_not_import(inputs):
     inputs.plugin("import no_such_module\n\n\ndef mine(completions, **kwargs):\n    return [0.0 for _ in completions]\n")
 
 
-@bad("rewards: mine: cannot be loaded", "takes no **kwargs", "**columns")
+@bad("rewards.plugins[0]: ./plugin.py:1: mine takes no **kwargs", "**columns", early=True)
 def a_reward_function_that_takes_no_columns(inputs):
     inputs.plugin("def mine(completions):\n    return [0.0 for _ in completions]\n")
 
@@ -812,7 +812,7 @@ def test_a_broken_tool_stops_the_run_with_a_message_that_names_it_and_can_be_men
 
 
 def test_prompts_that_no_reward_can_judge_stop_the_run_with_that_reason(inputs, capfd):
-    inputs.rows({"prompt": "1+1="}, {"prompt": "2+2="})
+    inputs.rows({"prompt": "1+1=", "answer": " "}, {"prompt": "2+2=", "answer": " "})
     assert inputs.main() == 1
     (line,) = capfd.readouterr().err.splitlines()
     assert "none of 1 groups got two scores" in line and "could be judged by math_answer" in line

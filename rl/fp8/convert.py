@@ -47,6 +47,9 @@ def convert(
     InputError if the backend cannot run there, if nothing would be converted, or if the sizes of experts are no multiples of 128.
     """
     backend = _backend(config, device)
+    for end in config.keep:
+        if end not in Fp8Config().keep and not any(name == end or name.endswith(f".{end}") for name, _ in model.named_modules()):
+            raise InputError(f"policy.fp8.keep: no module of this model is named '{end}', or ends so; correct it, or take it out")
     modules = list(convertible(model, config.keep))
     if not modules:
         raise InputError(f"policy.fp8.keep: {config.keep} leaves nothing of this model to convert")

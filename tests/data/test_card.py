@@ -197,3 +197,10 @@ def test_a_folder_without_rows_or_with_a_broken_report_is_one_line(tmp_path, cap
     assert "report.json: not valid JSON" in capsys.readouterr().err
     assert card([str(tmp_path), "--licence", "MIT"]) == 2
     assert not (tmp_path / "README.md").exists()
+
+
+def test_a_readme_of_somebody_is_not_replaced(folder, capsys):
+    (folder / "README.md").write_text("# mine\n")
+    assert card([str(folder)]) == 2
+    assert "README.md: is no card of this command, and would be lost" in capsys.readouterr().err
+    assert (folder / "README.md").read_text() == "# mine\n"

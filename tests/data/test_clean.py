@@ -124,6 +124,7 @@ BAD = {
     "the_input": (["in.jsonl", "--out", "./in.jsonl"], [GOOD], "is an input, and inputs are never written to"),
     "a_suffix": (["in.jsonl", "--out", "o.csv"], [GOOD], "'o.csv' has to end in .jsonl or .parquet"),
     "a_key": (["in.jsonl", "--out", "o.jsonl", "clean.nearr=1"], [GOOD], "clean.nearr: no such key; did you mean 'near'?"),
+    "a_section": (["in.jsonl", "--out", "o.jsonl", "min_chars=9"], [GOOD], "'min_chars=9': this command reads clean alone; write"),
     "a_script": (["in.jsonl", "--out", "o.jsonl", "clean.scripts=[Hann]"], [GOOD], "no script named 'Hann'; did you mean 'Han'?"),
     "a_column": (["in.jsonl", "--out", "o.jsonl", "--columns", "promt=q"], [GOOD], "--columns promt=q: say which of"),
     "an_allow_list": (["in.jsonl", "--out", "o.jsonl", "--allow", "a.txt"], [GOOD], "--allow goes with --against"),
@@ -141,6 +142,22 @@ def test_a_bad_input_is_one_line_and_exit_code_2_and_leaves_no_output(kind, caps
     assert line in said and said.count("\n") == 1
     assert Path("in.jsonl").read_bytes() == before
     assert not list(Path().glob("o.*")) and not [path for path in Path().iterdir() if path.name.startswith(".")]
+
+
+def test_a_recipe_without_the_section_is_no_recipe_for_this(capsys):
+    write("in.jsonl", GOOD)
+    Path("recipe.yaml").write_text("claen: {min_chars: 20}\n")
+    assert main(["in.jsonl", "--out", "out.jsonl", "--recipe", "recipe.yaml"]) == 2
+    assert capsys.readouterr().err == "--recipe: 'recipe.yaml' has no section clean; add it, or leave --recipe out\n"
+
+
+def test_the_records_of_another_data_set_are_not_replaced(capsys):
+    write("in.jsonl", GOOD, GOOD)
+    assert main(["in.jsonl", "--out", "a/one.jsonl"]) == main(["in.jsonl", "--out", "a/one.jsonl"]) == 0
+    before = Path("a/rejected.parquet").read_bytes()
+    assert main(["in.jsonl", "--out", "a/two.jsonl"]) == 2
+    assert "are the records (report.json, …) of one.jsonl; name a file in another folder" in capsys.readouterr().err
+    assert Path("a/rejected.parquet").read_bytes() == before and not Path("a/two.jsonl").exists()
 
 
 def test_a_rejected_file_that_is_an_input_is_not_replaced(capsys):

@@ -49,6 +49,29 @@ def test_a_short_prompt_is_found_whole_or_as_a_sentence(text, tmp_path):
     assert (hit.coverage, hit.matched) == (1.0, "evaluate log 2 4 ^ 2")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Question: What is 47+85?\nAnswer:",
+        "Q: What is 47+85?",
+        "Question 3: What is 47+85?",
+        "Work it out. 3. What is 47+85?",
+        "(3) What is 47+85? Say why.",
+        "**Problem 2:** What is 47+85?",
+        "Instruction: What is\n47+85?",
+    ],
+)
+def test_a_label_is_no_part_of_a_short_prompt(text, tmp_path):
+    (hit,) = hits(tmp_path, text, "What is 47+85?")
+    assert hit.matched == "what is 47 + 85"
+
+
+def test_a_label_that_the_evaluation_has_too_is_found(tmp_path):
+    assert len(hits(tmp_path, "Now. Q: What is 47+85? Go.", "Q: What is 47+85?")) == 1
+    assert hits(tmp_path, "Question: What is 47+85+1?", "What is 47+85?") == []
+    assert hits(tmp_path, "3.5 What is 47+85?", "What is 47+85?") == []
+
+
 def test_a_short_prompt_within_a_sentence_that_goes_on_is_another_problem(tmp_path):
     assert hits(tmp_path, "Evaluate $\\log_2 (4^2) + \\log_3 (9)$.", SHORT) == []
     assert hits(tmp_path, "Evaluate $\\log_2 (8^2)$.", SHORT) == []

@@ -134,6 +134,8 @@ def test_the_foreign_share_counts_letters():
 
 def test_words_tell_sums_from_differences_and_leave_rules_of_tables_out():
     assert words("47+85= and 47-85 |---|") == ["47", "+", "85", "=", "and", "47", "-", "85"]
+    assert words("47 × 85, 47 · 85 ÷ 5 − 1 ≠ 2 ≤ 3") == [*words("47 * 85, 47 * 85 / 5 - 1"), "≠", "2", "≤", "3"]
+    assert words("47×85") == words("47*85") != words("47÷85") == words("47/85")
     assert words("Ｆｕｌｌ ｗｉｄｔｈ") == ["full", "width"]
     assert words("因此x") == ["因", "此", "x"]
 

@@ -155,6 +155,23 @@ def test_a_source_without_a_number_is_refused(source, capsys):
 # --- retraction -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["a.jsonl=1", "--total", "0"], "--total 0: a mixture has one row or more"),
+        (["a.jsonl=2.7", "--counts"], "--counts: counts are whole numbers"),
+        (["a.jsonl=1", "b.jsonl=1", "c.jsonl=1", "--total", "1"], "1 of 3 sources are no whole row of any; take more"),
+    ],
+)
+def test_a_mixture_of_nothing_is_a_mistake_in_one_line(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        Path(f"{name}.jsonl").write_text('{"prompt": "1"}\n{"prompt": "2"}\n')
+    assert mix([*arguments, "--out", "m.jsonl"]) == 2
+    assert capsys.readouterr().err.startswith(said)
+    assert not list(Path().glob("m.*"))
+
+
 def test_a_retracted_reward_version_takes_its_rows_and_no_others():
     records = [record(1), record(2, version="2"), record(3, reward="other")]
     folder = curated("d", records)
@@ -166,6 +183,14 @@ def test_a_retracted_reward_version_takes_its_rows_and_no_others():
     assert record_from_row(json.loads(gone["content"])) == records[0]
     assert json.loads(Path("e/report.json").read_text())["stages"] == [["without reward math_answer@1", 2]]
     assert Path("e/README.md").is_file() and len(list(read_files(["d/train.jsonl"]))) == 3
+
+
+def test_a_retraction_leaves_the_recipe_and_the_hits_as_they_are():
+    folder = Path(curated("d", [record(1), record(2, version="2")]))
+    hits = json.dumps({"matched": "a\u2028b\u0085c"}, ensure_ascii=False).encode() + b"\n"
+    (folder / "contamination.jsonl").write_bytes(hits)
+    assert retract([str(folder), "--reward", "math_answer@1", "--out", "e"]) == 0
+    assert Path("e/contamination.jsonl").read_bytes() == hits
 
 
 def test_an_expert_is_retracted_from_a_file_and_its_columns_stay():

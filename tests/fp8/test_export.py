@@ -53,7 +53,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: p
         f"OUT: '{tmp_path / 'empty'}' exists; name a new folder": (made, tmp_path / "empty", "--precision", "bf16"),
         f"policy.path: no folder '{tmp_path / 'none'}'": (tmp_path / "none", out, "--precision", "bf16"),
         f"policy.path: '{tmp_path / 'empty'}' has no config.json": (tmp_path / "empty", out, "--precision", "fp8"),
-        "leaves nothing of this model to convert": (made, out, "--precision", "fp8", "--keep", "proj", "lm_head", "experts", *PROJECTIONS),
+        "policy.fp8.keep: no module of this model is named 'nosuch'": (made, out, "--precision", "fp8", "--keep", "nosuch"),
+        "leaves nothing of this model to convert": (made, out, "--precision", "fp8", "--keep", "lm_head", "experts", *PROJECTIONS),
     }
     for said, arguments in cases.items():
         assert run(monkeypatch, *arguments) == 2

@@ -36,6 +36,13 @@ from rewards.tag_count import tag_count
         ("<think>B", 0.0),
         ("A B C D", 0.0),
         ("The answer is a", 0.0),
+        ("The answer is (B). Option A is wrong because it is too small.", 1.0),
+        ("The answer is B. Choice A is incorrect.", 1.0),
+        ("The answer is option B. Option A is wrong.", 1.0),
+        ("So the answer is B, not option D.", 1.0),
+        ("So the answer is D, not option B.", 0.0),
+        ("The answer is A. No: the answer is B.", 1.0),
+        ("Option A is wrong, option B is not.", 0.0),
     ],
 )
 def test_choice_letter_wants_one_letter(text, reward):

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from rewards.forms import compare_forms
+from rewards.compare import compare_forms
 from rewards.math_answer import math_answer, verdict
 from rewards.numbers import Verdict
 
@@ -54,6 +54,24 @@ EQUAL, DIFFERENT, UNKNOWN = Verdict.EQUAL, Verdict.DIFFERENT, Verdict.UNKNOWN
         (r"-2 \le x \le 7", "[-2,7]", EQUAL),
         ("x > 3", r"(3,\infty)", EQUAL),
         ("x > 3", r"[3,\infty)", DIFFERENT),
+        (r"x<2 \text{ or } x>3", r"(-\infty,2)\cup(3,\infty)", EQUAL),
+        (r"(-\infty,2)\cup(3,\infty)", r"x<2 \text{ or } x>3", EQUAL),
+        (r"x<2 \text{ or } x>4", r"(-\infty,2)\cup(3,\infty)", DIFFERENT),
+        ("x<2, x>3", r"(-\infty,2)\cup(3,\infty)", UNKNOWN),
+        (r"x > 2 \text{ and } x \le 5", "(2,5]", EQUAL),
+        (r"x > 2 \text{ and } x < 6", "(2,5)", DIFFERENT),
+        (r"\{x | x > 2\}", r"(2,\infty)", EQUAL),
+        (r"\{x \mid x > 2\}", r"(2,\infty)", EQUAL),
+        (r"(2,\infty)", r"\left\{x \in \mathbb{R} : x > 2\right\}", EQUAL),
+        (r"\{x | x > 3\}", r"(2,\infty)", DIFFERENT),
+        ("P(1,2)", "(1,2)", EQUAL),
+        ("(1,2)", "P(1,3)", DIFFERENT),
+        ("C(5,2)", "10", UNKNOWN),
+        (r"45^\circ", r"\pi/4", EQUAL),
+        (r"\frac{\pi}{4}", r"45^\circ", EQUAL),
+        (r"46^\circ", r"\pi/4", DIFFERENT),
+        (r"\sin 30^\circ", "1/2", EQUAL),
+        (r"132^\circ", r"7\text{ hours}", DIFFERENT),
         # matrices, equations, ratios, bases, words
         (r"\left[\begin{matrix}\frac12\\-3\end{matrix}\right]", r"\begin{pmatrix} 1/2 \\ -3 \end{pmatrix}", EQUAL),
         (r"\begin{pmatrix} 1 & 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", DIFFERENT),

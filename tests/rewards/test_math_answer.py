@@ -193,6 +193,98 @@ def test_an_answer_is_neither_paid_for_what_it_does_not_say_nor_refused_for_how_
     assert verdict_on(completion, [gold], asked) is wanted
 
 
+@pytest.mark.parametrize(
+    ("answer", "gold", "wanted"),
+    [
+        # thousands
+        ("1,024", "2^{10}", EQUAL),
+        ("3,628,800", "10!", EQUAL),
+        ("1,025", "2^{10}", DIFFERENT),
+        ("1,000", "x=1000", EQUAL),
+        (r"24,000\pi", r"24000\pi", EQUAL),
+        (r"24{,}000\pi", r"24000\pi", EQUAL),
+        (r"24,\!000\pi", r"24000\pi", EQUAL),
+        (r"24000\pi", r"24,000\pi", EQUAL),
+        (r"24,001\pi", r"24000\pi", DIFFERENT),
+        (r"12,000\sqrt{3}", r"12000\sqrt3", EQUAL),
+        ("1,500x", "1500x", EQUAL),
+        ("(1,000, 2)", "(1000,2)", EQUAL),
+        ("2100", "(2,100)", DIFFERENT),
+        ("-2100", "(-2,100)", DIFFERENT),
+        ("(1,200)", "(1,300)", DIFFERENT),
+        (r"6,235^\circ", r"(6,235^\circ)", UNKNOWN),
+        # units of one letter
+        (r"36\pi \text{ m}^2", r"36\pi", EQUAL),
+        (r"37\pi \text{ m}^2", r"36\pi", DIFFERENT),
+        (r"36\pi \text{ m}^2", r"36\pi\text{ cm}^2", DIFFERENT),
+        (r"\sqrt{2} \text{ m}", r"\sqrt2", EQUAL),
+        (r"2\pi \text{ m/s}", r"2\pi", EQUAL),
+        (r"5\text{ m}^2", "5", EQUAL),
+        (r"9.8 \text{ m/s}^2", "9.8", EQUAL),
+        (r"10 \text{ N}", "10", EQUAL),
+        (r"10 \text{ J}", "10", EQUAL),
+        (r"10 \text{ V}", "10", EQUAL),
+        (r"10\,\mathrm{N}", "10", EQUAL),
+        (r"15 \Omega", "15", EQUAL),
+        (r"3.0\times 10^8 \text{ m/s}", r"3 \times 10^8", EQUAL),
+        ("10 N", "10", UNKNOWN),
+        ("10 N", "11", DIFFERENT),
+        (r"\text{A}", "A", EQUAL),
+        (r"\text{A}", r"\text{(A)}", EQUAL),
+        # numbers in words, names and currencies
+        ("eighteen dollars", "18", EQUAL),
+        ("eighteen apples", "18", EQUAL),
+        ("nineteen apples", "18", DIFFERENT),
+        ("eighteen (19)", "18", UNKNOWN),
+        ("two hours", "2", EQUAL),
+        ("fifty percent", r"50\%", EQUAL),
+        ("18 thousand dollars", "18000", EQUAL),
+        ("negative 18", "-18", EQUAL),
+        ("minus 18", "-18", EQUAL),
+        ("18 = x", "18", EQUAL),
+        ("19 = x", "18", DIFFERENT),
+        ("18元", "18", EQUAL),
+        ("¥500", "500", EQUAL),
+        ("₹500", "500", EQUAL),
+        # only the question can tell
+        ("0, 1", "(0,1)", UNKNOWN),
+        ("y=1,x=2", "1,2", UNKNOWN),
+        ("x=2,y=1", "1,2", UNKNOWN),
+        ("x=1,y=2", "1,2", EQUAL),
+        *[(f"18 {word}", "18", UNKNOWN) for word in ("lakh", "crore", "twice", "doubled", "thrice", "tripled")],
+        *[(f"18 {word}", "18", DIFFERENT) for word in ("mn", "bn")],
+    ],
+)
+def test_the_same_value_in_another_dress_is_equal(answer, gold, wanted):
+    assert verdict_on(rf"\boxed{{{answer}}}", [gold]) is wanted
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "asked", "wanted"),
+    [
+        ("|57+75|", "132", "What is 57+75?", DIFFERENT),
+        ("(57+75)^1", "132", "What is 57+75?", DIFFERENT),
+        (r"\sqrt{(57+75)^2}", "132", "What is 57+75?", DIFFERENT),
+        (r"\binom{57+75}{1}", "132", "What is 57+75?", DIFFERENT),
+        ("57+75+0! -1", "132", "What is 57+75?", DIFFERENT),
+        ("57+75 = x", "132", "What is 57+75?", DIFFERENT),
+        (r"57+75 \text{ cm}", "132", "What is 57+75?", DIFFERENT),
+        (r"|57\cdot 75|", "4275", r"What is $57 \times 75$?", DIFFERENT),
+        ("57/3", "19", "What is 57/3?", DIFFERENT),
+        ("57/3", "19", "", EQUAL),
+        ("18 km/h", "18", "It goes at 18 km/h.", EQUAL),
+        ("|75+57|", "132", "What is 57+75?", UNKNOWN),
+        (r"\sqrt{(7+7)^2}", "14", "", UNKNOWN),
+        ("2^{10}-1", "1023", "", EQUAL),
+        (r"3\times 10^8", "300000000", "", EQUAL),
+        (r"\binom{10}{2}", "45", "", EQUAL),
+        (r"\sqrt{3^2+4^2}", "5", "", EQUAL),
+    ],
+)
+def test_arithmetic_that_is_left_to_do_is_no_answer(answer, gold, asked, wanted):
+    assert verdict_on(rf"\boxed{{{answer}}}", [gold], asked) is wanted
+
+
 def test_math_answer_scores_1_0_and_none():
     completions = [r"\boxed{18}", r"\boxed{19}", "18 or 19", r"\boxed{1.5 million}"]
     assert math_answer(["q"] * 4, completions, answer=["18", "18", "18", "1.5"]) == [1.0, 0.0, 0.0, None]

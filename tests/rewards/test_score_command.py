@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import rewards.score
+from rewards.rows import check_rows
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
@@ -154,3 +157,85 @@ def test_check_says_whether_gold_scores_1(tmp_path):
         assert options.returncode == 2 and f"--options: '{bad}' {said}" in options.stderr and "Traceback" not in options.stderr
     missing = command("rewards.check", "./mine.py:nevr", cwd=tmp_path)
     assert missing.returncode == 2 and "did you mean 'never'?" in missing.stderr
+
+
+def one_row(path: Path, **columns) -> None:
+    write_rows(path, [{"prompt": "q", "completion": "c", **columns}])
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "./rows.jsonl", "symbolic.jsonl", "hard.jsonl"])
+def test_an_output_that_is_the_input_is_refused_and_the_input_stays(tmp_path, name):
+    one_row(tmp_path / "rows.jsonl")
+    (tmp_path / "symbolic.jsonl").symlink_to("rows.jsonl")
+    (tmp_path / "hard.jsonl").hardlink_to(tmp_path / "rows.jsonl")
+    before = (tmp_path / "rows.jsonl").read_bytes()
+    done = command("rewards.score", "--reward", "math_answer", "--in", "rows.jsonl", "--out", name, cwd=tmp_path)
+    assert done.returncode == 2 and "is an input, and inputs are never written to" in done.stderr and done.stderr.count("\n") == 1
+    assert (tmp_path / "rows.jsonl").read_bytes() == before
+
+
+def test_a_file_that_changes_while_it_is_scored_is_no_success(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": "q", "completion": "#### 1", "answer": "1"}] * 3
+
+    def counted_and_cut(*arguments):
+        count = check_rows(*arguments)
+        write_rows(Path("rows.jsonl"), rows[:2])
+        return count
+
+    write_rows(Path("rows.jsonl"), rows)
+    monkeypatch.setattr(rewards.score, "check_rows", counted_and_cut)
+    assert rewards.score.main(["--reward", "math_answer", "--in", "rows.jsonl", "--out", "o.jsonl"]) == 2
+    assert "--in: 'rows.jsonl' changed while it was scored: it had 3 rows, and 2 were written" in capsys.readouterr().err
+
+
+def test_a_group_id_of_null_is_no_group(tmp_path):
+    (tmp_path / "mine.py").write_text("def size(completions, group_ids, **_):\n    return [float(len(completions)) for _ in completions]\n")
+    rows = [{"prompt": f"q{n}", "completion": "c", "group_id": group} for n, group in enumerate([None, None, "a", None])]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    done = command("rewards.score", "--reward", "size", "--plugin", "mine.py:size", "--in", "rows.jsonl", "--out", "o.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [row["reward"] for row in read_rows(tmp_path / "o.jsonl")] == [1.0] * 4
+
+
+@pytest.mark.parametrize("column", ["prompt", "answer", "solution"])
+def test_rows_of_one_group_that_differ_in_what_is_asked_are_a_mistake(tmp_path, column):
+    row = {"prompt": "q", "completion": "c", "answer": "1", "solution": "2", "group_id": "a"}
+    write_rows(tmp_path / "rows.jsonl", [row, row | {"completion": "d"}, row | {column: "other"}])
+    done = command("rewards.score", "--reward", "math_answer", "--in", "rows.jsonl", "--out", "o.jsonl", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith(f"rows.jsonl:3: '{column}' is not that of the first row of group 'a'")
+    write_rows(tmp_path / "rows.jsonl", [row, row | {column: "other", "group_id": "b"}, row])
+    assert command("rewards.score", "--reward", "math_answer", "--in", "rows.jsonl", "--out", "o.jsonl", cwd=tmp_path).returncode == 0
+
+
+def test_scores_of_a_grader_that_changed_are_not_taken_for_its_own(tmp_path):
+    grader = "def grader(completions, **_):\n    return [{} for _ in completions]\n"
+    (tmp_path / "mine.py").write_text(grader.format("0.0"))
+    one_row(tmp_path / "rows.jsonl")
+    arguments = ["--reward", "grader", "--plugin", "mine.py:grader", "--in", "rows.jsonl", "--out", "o.jsonl"]
+    assert command("rewards.score", *arguments, cwd=tmp_path).returncode == 0
+    (tmp_path / "mine.py").write_text(grader.format("1.0"))
+    refused = command("rewards.score", *arguments, cwd=tmp_path)
+    assert refused.returncode == 2
+    said = "--out: the reward 'grader' has changed since 'o.jsonl' was begun; restore it, or remove o.jsonl.journal.sqlite to score anew\n"
+    assert refused.stderr == said
+    assert read_rows(tmp_path / "o.jsonl")[0]["reward"] == 0.0, "what was scored stays"
+    for path in tmp_path.glob("o.jsonl.journal*"):
+        path.unlink()
+    assert command("rewards.score", *arguments, cwd=tmp_path).returncode == 0
+    assert read_rows(tmp_path / "o.jsonl")[0]["reward"] == 1.0
+
+
+def test_half_a_surrogate_pair_is_written_as_it_came(tmp_path):
+    one_row(tmp_path / "rows.jsonl", answer="1", completion="\ud83d and so #### 1")
+    done = command("rewards.score", "--reward", "math_answer", "--in", "rows.jsonl", "--out", "o.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (row,) = read_rows(tmp_path / "o.jsonl")
+    assert (row["completion"], row["reward"]) == ("\ud83d and so #### 1", 1.0)
+
+
+def test_check_reads_rows_with_separators_of_unicode_and_skips_blank_lines(tmp_path):
+    row = json.dumps({"prompt": "a\u2028b\u0085c", "answer": "7"}, ensure_ascii=False)
+    (tmp_path / "rows.jsonl").write_text(f"{row}\n\n{row}\n", encoding="utf-8")
+    done = command("rewards.check", "math_answer", "rows.jsonl", cwd=tmp_path)
+    assert done.returncode == 0 and "2 gold answers: 2 score 1" in done.stdout, done.stdout + done.stderr

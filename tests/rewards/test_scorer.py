@@ -299,7 +299,7 @@ def test_routes_aliases_shadows_and_normalisation_reach_the_scores(plugin):
             "import no_such_library\ndef f(**kwargs): ...",
             "rewards: f: cannot be loaded: ModuleNotFoundError: No module named 'no_such_library'",
         ),
-        ("def f(completions): ...", "rewards: f: cannot be loaded: takes no **kwargs"),
+        ("def g(completions): ...\nf = g", "rewards: f: cannot be loaded: takes no **kwargs"),
         ("import os; os._exit(3)\ndef f(**kwargs): ...", "cannot be loaded: its process ended with exit code 3"),
     ],
 )

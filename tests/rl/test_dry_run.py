@@ -100,6 +100,37 @@ def test_a_mistake_in_the_inputs_is_one_line_and_exit_code_2(
     assert not captured.out
 
 
+SHARDED = {"ACCELERATE_USE_FSDP": "true"}
+REFUSED: dict[str, tuple[str, list[str], dict[str, str], str]] = {
+    "prompts without what the reward judges by": (
+        "quickstart", ["policy.path=./policy", "prompts={path: rows.jsonl}"], {},
+        "rewards.parts: math_answer judges by answer or solution, and no prompt has either",
+    ),
+    "a conversation that is no async function": (
+        "tool", ["rollout.conversation=./talk.py:talk"], {}, "rollout.conversation: ./talk.py:talk is no async function",
+    ),
+    "routes of vLLM on a CPU": ("quickstart_dsv3", ["loss.replay=rollout"], {}, "loss.replay: vLLM returns the experts it chose on a GPU"),
+    "an adapter with FSDP": ("quickstart", ["policy.lora={rank: 4}"], SHARDED, "policy.lora: adapters with FSDP are not there yet"),
+    "BF16 masters with FSDP": (
+        "quickstart", ["policy.precision=bf16", "learner.optimizer.masters=bf16"], SHARDED, "learner.optimizer.masters: what FSDP shards",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_run_would_refuse_a_dry_run_does(
+    case: str, fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, changes, environment, said = REFUSED[case]
+    (fresh / "talk.py").write_text("def talk(generate, prompt):\n    return []\n")
+    (fresh / "rows.jsonl").write_text('{"prompt": "1+2=", "result": "3"}\n')
+    policies.tiny_qwen3_moe(fresh / "policy", seed=0)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert dry_run(monkeypatch, rl.train, f"recipes/{recipe}.yaml", *changes) == 2
+    assert capsys.readouterr().err.startswith(said)
+
+
 def test_with_a_policy_prompts_are_counted_in_its_tokens(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,6 +253,17 @@ def test_an_adapter_has_state_and_frozen_weights_have_none() -> None:
     assert found["weights, bf16"] == 2 * sizes.total / 7
     assert found["adapter, fp32"] + found["gradients, fp32"] + found["two moments, bf16"] == (4 + 4 + 4) * sizes.adapter / 7
     assert "masters, fp32" not in found and "reference" not in found
+
+
+def test_masters_are_what_the_optimizer_keeps() -> None:
+    one, sizes = Machine(gpus=2, gpu_bytes=80 * GB, nodes=1, ram_bytes=0, ranks=1), sizes_of(QWEN3_30B)
+    found = {
+        masters: parts(places(gsm8k(learner__optimizer={"masters": masters}), sizes, one, 1408)[0]) for masters in ("fp32", "bf16")
+    }  # fmt: skip
+    assert found["fp32"]["masters, fp32"] == 4 * sizes.total
+    assert "masters, bf16" not in found["bf16"], "BF16 weights are their own"
+    eight = parts(places(gsm8k(policy__precision="fp8", learner__optimizer={"masters": "bf16"}), sizes, one, 1408)[0])
+    assert eight["masters, bf16"] == 2 * sizes.total
 
 
 def test_a_kl_term_keeps_a_reference_unless_there_is_an_adapter() -> None:

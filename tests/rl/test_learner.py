@@ -1,6 +1,7 @@
 """The learner's gradients against transformers' padded, unshared forward, in float64."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from rl.batch import Item, Normaliser, items_of, pack
 from rl.config import AdvantageConfig, LossConfig
 from rl.policy import save_policy
 from rl.router import gates
+from rl.stream import RunStopped
 
 REWARDS = [[1, 0, 0, 1], [0, 1, 0, 0], [1, 1, 0.5, 0]]
 KINDS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
@@ -273,3 +275,28 @@ def test_a_step_raises_what_was_better(moe: Path, tmp_path: Path) -> None:
     save_policy(tmp_path / "after", learner.export(), learner.model, AutoTokenizer.from_pretrained(moe))
     after = padded_logp(reference_model(tmp_path / "after"), groups[0].prompt, groups[0].completions[0]).sum()
     assert after > before + 0.1
+
+
+@pytest.mark.parametrize("steps", [1, 2], ids=["nothing of the step", "nothing of one of two updates"])
+def test_a_step_without_a_completion_to_train_leaves_the_policy_whole(steps: int, tmp_path: Path) -> None:
+    """All cut off, under DAPO's filter, and a loss of the router that counts what was forwarded: 0 of it."""
+    policy = policies.tiny_qwen3_moe(tmp_path / "policy", seed=0)
+    loss = LossConfig(kind="dapo", ratio_base="engine", mask_truncated=True)
+    learner = make_learner(policy, loss, router={"aux_loss": 1e-3}, steps_per_batch=steps)
+    groups = make_groups([[1, 0]] * 2)
+    cut = [replace(g, completions=tuple(replace(c, finish_reason="length") for c in g.completions)) for g in groups]
+    groups = cut if steps == 1 else [groups[0], cut[1]]
+    for batches in learner.batches(groups, group_advantage(groups, AdvantageConfig())):
+        learner.step(batches)
+    assert all(p.isfinite().all() for p in learner.model.parameters())
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_before_the_update(moe: Path) -> None:
+    learner = make_learner(moe, LossConfig(kind="dapo"))
+    groups = make_groups([[1, 0, 0, 1]])
+    before = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
+    learner.model.get_input_embeddings().weight.register_hook(lambda grad: grad * torch.nan)
+    with pytest.raises(RunStopped, match="step 0: the gradient's norm is nan, so the policy was not updated"):
+        for batches in learner.batches(groups, group_advantage(groups, AdvantageConfig())):
+            learner.step(batches)
+    assert all(torch.equal(p, before[name]) for name, p in learner.model.named_parameters())

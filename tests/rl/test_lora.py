@@ -5,13 +5,14 @@ from pathlib import Path
 import policies
 import pytest
 import torch
-from made import TEMPERATURE, NoFloat32, distance, make_groups, near, padded_logp, reference_model
+from made import TEMPERATURE, NoFloat32, deepseek_v3_with_module, distance, make_groups, near, padded_logp, reference_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from data.recipe import InputError
 from rl.advantage import group_advantage
 from rl.config import AdvantageConfig, LearnerConfig, LoraConfig, LossConfig
 from rl.learner import Learner
-from rl.lora import adapter_off, add_adapter
+from rl.lora import adapter_layers, adapter_off, add_adapter
 from rl.policy import checkpoint_views, load_model
 from rl.ranks import Ranks
 
@@ -44,6 +45,35 @@ def test_a_new_adapter_changes_nothing_and_alone_is_trained(policy: Path) -> Non
     assert merged.keys() == plain.keys()
     assert all(torch.equal(merged[name], plain[name]) for name in plain)
     assert {"lora_A", "lora_B"} == {name.split(".")[-3] for name, _ in learner.optim.parameters}
+
+
+def test_all_linear_is_all_but_the_output_head(policy: Path) -> None:
+    """Dense layers and shared experts too, whose names peft takes for the experts'."""
+    learner = adapted(policy, LossConfig(), torch.float32)
+    head = learner.model.get_output_embeddings()
+    linear = {
+        f"{name.removesuffix('.base_layer')}.weight"
+        for name, module in learner.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head and "lora_" not in name
+    }
+    assert linear <= adapter_layers(learner.model).keys()
+
+
+@pytest.mark.parametrize("targets", [["nope"], ["up_proj"]])
+def test_targets_that_cannot_be_adapted_are_a_mistake_in_one_line(targets: list[str], tmp_path: Path) -> None:
+    model = load_model(policies.tiny_deepseek_v3(tmp_path / "policy", seed=0), torch.float32)
+    with pytest.raises(InputError, match=r"^policy.lora.targets: \['\w+'\]: .*$"):
+        add_adapter(model, LoraConfig(targets=targets), seed=0)
+
+
+def test_of_a_module_with_an_adapter_the_adapter_alone_is_trained(tmp_path: Path) -> None:
+    model = load_model(deepseek_v3_with_module(tmp_path / "policy", seed=0), torch.float32)
+    add_adapter(model, LORA, seed=0)
+    config = LearnerConfig(mtp={"weight": 0.1})
+    learner = Learner(model, LossConfig(), config, Ranks(), temperature=TEMPERATURE, max_tokens=12)
+    names = [name for name, _ in learner.optim.parameters]
+    assert all("lora_" in name for name in names)
+    assert any(name.startswith(f"model.layers.{model.config.num_hidden_layers}.") for name in names)
 
 
 def test_gradients_of_an_adapter_equal_the_padded_reference(policy: Path) -> None:

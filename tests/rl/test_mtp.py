@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import policies
@@ -23,15 +24,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer
 
 from data.recipe import InputError
-from data.values import Group
+from data.values import Group, Prompt
 from rl.advantage import group_advantage
 from rl.attention import layout_of
 from rl.batch import Normaliser, TrainBatch, items_of, pack
-from rl.config import AdvantageConfig, LossConfig, MtpConfig, PolicyConfig
+from rl.config import AdvantageConfig, LearnerConfig, LossConfig, MtpConfig, PolicyConfig
 from rl.fp8.folder import engine_policy
 from rl.learner import Learner
 from rl.logp import logp_and_entropy
 from rl.mtp import MtpLayer, MtpLoss, acceptance, load_mtp, mtp_hidden, mtp_layer
+from rl.open_run import _check_vocabulary
 from rl.policy import checkpoint_specs, checkpoint_views, load_model, save_policy
 from rl.shard import output_head
 
@@ -166,6 +168,13 @@ def test_a_prompt_of_one_token_is_refused(published: Path) -> None:
     model = load_model(published, torch.float64)
     with pytest.raises(ValueError, match="a prompt of one token"):
         packed_loss(model, batch_of(groups), detach=True)
+
+
+def test_a_prompt_of_one_token_is_found_before_a_run_begins() -> None:
+    recipe = SimpleNamespace(learner=LearnerConfig(mtp=MtpConfig(weight=0.1)))
+    run = SimpleNamespace(recipe=recipe, learner=SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(vocab_size=64))))
+    with pytest.raises(InputError, match=r"learner\.mtp\.weight: prompt 'short' has one token"):
+        _check_vocabulary([Prompt("long", "", "", np.array([1, 2])), Prompt("short", "", "", np.array([1]))], run)  # type: ignore[arg-type]
 
 
 def test_a_pass_of_weight_zero_runs_the_module_too(published: Path) -> None:

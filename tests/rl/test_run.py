@@ -16,6 +16,7 @@ from made import deepseek_v3_with_module
 from safetensors.torch import load_file
 
 from data.journal import Journal
+from rewards.versions import META
 from rl.metrics import without_times
 from sft.init import init_policy
 
@@ -239,6 +240,17 @@ def test_another_policy_in_the_same_folder_is_not_gone_on_with(policy: Path, tmp
     done = subprocess.run(command(path), cwd=CHECKOUT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("policy: not what ") and "run.name" in done.stderr
+
+
+def test_a_run_that_goes_on_with_another_reward_function_says_so_and_keeps_both_versions(policy: Path, tmp_path: Path) -> None:
+    path = recipe(tmp_path, policy, "run")
+    assert "has changed" not in run(path, "learner.steps=1")
+    (tmp_path / "plugin.py").write_text(PLUGIN.replace("/ 6", "/ 7"))
+    assert "rewards: 'digits' has changed since this run was last scored" in run(path, "learner.steps=2")
+    assert "has changed" not in run(path, "learner.steps=3")
+    with Journal(tmp_path / "out" / "run" / "journal.sqlite", read_only=True) as journal:
+        before, now = journal.meta(META)["digits"].split()
+    assert before != now
 
 
 def test_a_finished_run_prints_its_result_again(whole: Path) -> None:

@@ -23,6 +23,8 @@ from data.parquet import read_rows
 from data.recipe import parse, resolved_yaml
 from data.records import record_from_row
 from data.values import Group, Prompt
+from rewards.config import RewardsConfig
+from rewards.versions import reward_versions
 from rl.config import TrainRecipe
 from rl.run_folder import RunFolder
 
@@ -231,6 +233,12 @@ def test_what_a_training_run_has_sampled_is_taken_and_not_judged_again(command, 
     assert rows[0]["messages"][-1]["content"] == "12"
     assert [row["tokens"] for row in rows[1:]] == [len(groups[1].completions[1].token_ids), len(groups[2].completions[0].token_ids)]
     assert json.loads(rows[0]["sampling"])["group_id"] == "trained/q0/0"
+    rewards = parse(recipe["rewards"], RewardsConfig, "test")
+    for versions, scored in ((reward_versions(rewards), 0), ({"regex": "older"}, 6)):
+        with Journal(run / "journal.sqlite") as journal:
+            journal.set_meta(reward_versions=versions)
+        code, other, errors = command(tmp_path / "recipe.yaml", f"run.name=scored-{scored}", "select.pass_rate=null")
+        assert (code in (0, 1)) and f"and {scored} scored" in other + errors, other + errors
     code, output, _ = command(tmp_path / "outputs/curation/curated", 0, module=sft.why)
     assert code == 0 and "not sampled again: a training run sampled it" in output
 
@@ -249,6 +257,43 @@ def test_a_grader_that_fails_stops_the_run_and_is_asked_again_when_mended(comman
     assert code == 0, errors
     sampled, scored = (int(output.split(f" {word}")[0].split()[-1]) for word in ("completions sampled", "scored"))
     assert scored == 60 and sampled < 60, "completions of before are judged, not sampled again"
+
+
+def test_scores_of_a_grader_that_changed_are_not_taken_for_its_own(command, tmp_path):
+    plugin = tmp_path / "grader.py"
+    plugin.write_text("def grader(completions, **_):\n    return [1.0 for _ in completions]\n")
+    rewards = {"plugins": ["./grader.py:grader"], "parts": [{"name": "grader"}], "workers": 1}
+    path = write_recipe(tmp_path, small_recipe(tmp_path, prompts=2, select={}, rewards=rewards))
+    assert command(path)[0] == 0
+    rows = rows_of(tmp_path)
+    plugin.write_text("def grader(completions, **_):\n    return [0.5 for _ in completions]\n")
+    for overrides in ([], ["select.rule=best_of_n"]):
+        code, _, errors = command(path, *overrides)
+        assert code == 2 and len(errors.strip().splitlines()) == 1
+        assert "rewards: 'grader' has changed since outputs/curation was scored; restore it, or choose another run.name" in errors
+    assert rows_of(tmp_path) == rows
+    code, output, _ = command(path, "run.name=anew", "select.rule=best_of_n")
+    assert code == 0 and "12 scored" in output
+
+
+def test_prompts_of_two_files_may_share_ids_and_max_per_prompt_has_a_reason_of_its_own(command, tmp_path):
+    recipe = small_recipe(tmp_path, prompts=3, select={"rule": "all_correct", "max_per_prompt": 1})
+    recipe["rewards"]["parts"][0]["options"]["pattern"] = ""
+    rows = [json.loads(line) | {"prompt": f"{n}+"} for n, line in enumerate((tmp_path / "prompts.jsonl").read_text().splitlines())]
+    (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_recipe(tmp_path, recipe)
+    code, _, errors = command(path, "experts[1].prompts.path=others.jsonl", "run.name=two")
+    assert code == 0, errors
+    report = json.loads((tmp_path / "outputs/two/exit.json").read_text())["result"]
+    assert (report["counts"]["selected"], report["rejected"]["max_per_prompt"]) == (6, 12)
+    held = list(read_rows(tmp_path / "outputs/two/curated/train.parquet"))
+    assert {row["expert"] for row in held if row["prompt_id"] == "q1"} == {"one", "two"}
+    rejected = list(read_rows(tmp_path / "outputs/two/curated/rejected.parquet"))
+    assert {row["detail"] for row in rejected if row["reason"] == "max_per_prompt"} == {"1 of its prompt are taken"}
+    code, _, errors = command(path)
+    assert code == 0, errors
+    one_file = result_of(tmp_path)
+    assert (one_file["counts"]["selected"], one_file["rejected"]["max_per_prompt"]) == (3, 15)
 
 
 def test_where_nothing_is_right_the_run_says_so(command, tmp_path):

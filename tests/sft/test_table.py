@@ -62,6 +62,22 @@ def test_the_same_weights_differ_by_nothing_and_are_judged_once(command, tmp_pat
     assert code == 0 and "…" not in output.split("pass@1")[0], "nothing is judged again"
 
 
+def test_other_prompts_in_the_same_file_and_a_grader_that_changed_are_judged_anew(command, tmp_path):
+    grader = "def grader(completions, **_):\n    return [{} for _ in completions]\n"
+    (tmp_path / "mine.py").write_text(grader.format("0.0"))
+    overrides = ["rewards.plugins=[./mine.py:grader]", "rewards.parts=[{name: grader}]"]
+    assert command(*overrides)[0] == 0
+    prompts_file(tmp_path / "prompts.jsonl", 7)
+    code, output, errors = command(*overrides)
+    assert code == 0, errors
+    assert output.count("…") == 6
+    held = tmp_path / "outputs/table/first-numbers.json"
+    assert set(json.loads(held.read_text())["right"].values()) == {0.0} and len(json.loads(held.read_text())["right"]) == 7
+    (tmp_path / "mine.py").write_text(grader.format("1.0"))
+    command(*overrides)
+    assert set(json.loads(held.read_text())["right"].values()) == {1.0}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

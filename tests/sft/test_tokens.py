@@ -4,7 +4,7 @@ import pytest
 
 from data.recipe import InputError
 from sft.init import build_tokenizer
-from sft.tokens import IGNORED, tokenise
+from sft.tokens import IGNORED, tokenise, unknown_line
 from sft.trainer import marked_template
 
 TOKENIZER = build_tokenizer("characters")
@@ -73,3 +73,11 @@ def test_a_row_longer_than_the_context_is_refused_or_left_out_whole():
     assert [TOKENIZER.decode(row["input_ids"]) for row in kept.rows] == ["1+1=2<eos>", "1+1=22<eos>"]
     with pytest.raises(InputError, match="all 3 rows are longer than 3 tokens"):
         tokenise(rows, TOKENIZER, 3, "skip", marked_template)
+
+
+def test_text_that_a_tokenizer_does_not_know_is_counted():
+    rows = [{"prompt": "1+1=", "completion": "\u4e8c"}, {"prompt": "1+1=", "completion": "2"}]
+    found = tokenise(rows, TOKENIZER, None, "refuse", marked_template)
+    assert found.unknown == 1
+    assert unknown_line(found.unknown, TOKENIZER).startswith("1 tokens are <unk>: text that this tokenizer does not know")
+    assert tokenise(rows, build_tokenizer("bytes"), None, "refuse", marked_template).unknown == 0
