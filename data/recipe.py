@@ -195,6 +195,10 @@ def _describe(error: pydantic.ValidationError, values: Any, model: type[Section]
     out: list[str] = []
     mistyped = set()
     items = sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
+    foreign = [str(item["loc"][0]) for item in items if item["type"] == "extra_forbidden" and len(item["loc"]) == 1]
+    if len(foreign) > 1 and not any(difflib.get_close_matches(name, list(model.model_fields)) for name in foreign):
+        sections = ", ".join(model.model_fields)
+        return [f"{source}: has the sections {', '.join(foreign)}, and those here are {sections}: is it a recipe of another command?"]
     for item in items:
         place = _real_place(item["loc"], values, missing=item["type"] == "missing")
         if item["type"] == "extra_forbidden":

@@ -3,7 +3,8 @@
 It is loaded as the trainer would, in a worker process with a cleaned environment, and asked about gold answers, which must score
 1, and about the gold answers of other rows, which should score less. Gold is the column `answer`, then `solution`; it is shown in
 each of the forms in which a policy may answer, and the best one counts. A row's own `completion`, if it has one, is shown
-instead. Exit code 0 if every gold answer scored 1; 1 if not, with the rows; 2 if the function cannot be used at all."""
+instead. Exit code 0 if every gold answer scored 1 and not every wrong one; 1 if not, with the rows; 2 if the function cannot be used at
+all. A function that shapes, and does not say whether an answer is right, has to give a number to each with `--shaping`, and no more."""
 
 import argparse
 import json
@@ -30,12 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rewards.check", description="Loads a reward function and tries it.")
     parser.add_argument("plugin", help="./file.py:function, package.module:function, an entry point, or a builtin's name")
     parser.add_argument("rows", nargs="?", type=Path, help="rows with gold answers, JSONL; without, two sums")
+    parser.add_argument("--shaping", action="store_true", help="it does not judge whether an answer is right: any number will do")
     parser.add_argument("--options", default="{}", help="options of the function, as JSON")
     given = parser.parse_args(arguments)
     try:
         config = config_for(given.plugin, _options(given.options))
         rows = _read(given.rows) if given.rows else SAMPLE
-        return check(config, rows)
+        return check(config, rows, given.shaping)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
@@ -48,7 +50,7 @@ def config_for(plugin: str, options: dict[str, Any]) -> RewardsConfig:
     return parse({"plugins": plugins, "parts": [{"name": name, "options": options}]}, RewardsConfig, "rewards.check")
 
 
-def check(config: RewardsConfig, rows: Sequence[dict[str, Any]]) -> int:
+def check(config: RewardsConfig, rows: Sequence[dict[str, Any]], shaping: bool = False) -> int:
     """Tries the function on rows and prints what came of it; the exit code."""
     golds = [find_golds(row) for row in rows]
     usable = [index for index, gold in enumerate(golds) if gold or rows[index].get("completion")]
@@ -65,6 +67,8 @@ def check(config: RewardsConfig, rows: Sequence[dict[str, Any]]) -> int:
         failed = [score for scores in [*right, *wrong] for score in scores if score.status in ("timeout", "error")]
         if failed:
             print(scorer.explain(failed))
+    if shaping:
+        return _shapes([score for scores in [*right, *wrong] for score in scores])
     missed = [(i, scores) for i, scores in zip(usable, right, strict=True) if best(scores) is None or (best(scores) or 0.0) < 1.0]
     generous = sum((best(scores) or 0.0) >= 1.0 for scores in wrong)
     print(f"{len(usable)} gold answers: {len(usable) - len(missed)} score 1, {len(missed)} do not")
@@ -72,7 +76,17 @@ def check(config: RewardsConfig, rows: Sequence[dict[str, Any]]) -> int:
         print(f"  row {index + 1}: gold {golds[index] or rows[index]['completion']!r:.80}: {_said(scores)}")
     print(f"{len(wrong)} answers of other rows: {generous} score 1{', which a wrong answer should not' if generous else ''}")
     print(f"{sum(map(len, [*right, *wrong])) / seconds:.0f} completions a second; {len(rows) - len(usable)} rows have no gold answer")
-    return 1 if missed or failed else 0
+    if len(missed) == len(usable) and not failed:
+        print("if it does not judge whether an answer is right, say so: --shaping")
+    return 1 if missed or failed or (wrong and generous == len(wrong)) else 0
+
+
+def _shapes(scores: Sequence[Score]) -> int:
+    """Says what numbers a function gave that does not judge; the exit code."""
+    values = [score.value for score in scores if score.value is not None]
+    spread = f", from {min(values):g} to {max(values):g}" if values else ""
+    print(f"{len(scores)} completions: {len(values)} have a number{spread}")
+    return 0 if len(values) == len(scores) else 1
 
 
 def _options(given: str) -> dict[str, Any]:

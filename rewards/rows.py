@@ -1,4 +1,4 @@
-"""Rows to be scored: a JSONL file of `{prompt, completion, …columns}` as ScoreJobs, read twice and never held whole.
+"""Rows to be scored: a JSONL or parquet file of `{prompt, completion, …columns}` as ScoreJobs, read twice and never held whole.
 
 `prompt` is text or chat messages; `completion` is text, or messages whose last one it is. Rows that follow each other with the same
 `group_id` are one group and are judged together; any other row, and one whose `group_id` is null, is a group of its own.
@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from data.files import json_line
 from data.recipe import InputError
 from rewards.config import RewardsConfig
 from rewards.job import ScoreJob
@@ -48,13 +49,11 @@ class Rows:
 
 def read_rows(path: Path) -> Iterator[Rows]:
     """The rows of a checked file, in order."""
-    with path.open("rb") as file:
-        numbered = ((number, line) for number, line in enumerate(file) if line.strip())
-        parsed = ((place, line, json.loads(line)) for place, (_, line) in enumerate(numbered))
-        for _, group in groupby(parsed, key=lambda item: _group_key(item[2], item[0])):
-            members = list(group)
-            digest = hashlib.blake2b(b"".join(line.strip() for _, line, _ in members), digest_size=8).hexdigest()
-            yield Rows(members[0][0], [row for _, _, row in members], digest)
+    parsed = ((place, line, json.loads(line)) for place, (_, line) in enumerate(_lines(path)))
+    for _, group in groupby(parsed, key=lambda item: _group_key(item[2], item[0])):
+        members = list(group)
+        digest = hashlib.blake2b(b"".join(line.strip() for _, line, _ in members), digest_size=8).hexdigest()
+        yield Rows(members[0][0], [row for _, _, row in members], digest)
 
 
 def check_rows(path: Path, config: RewardsConfig) -> int:
@@ -63,18 +62,30 @@ def check_rows(path: Path, config: RewardsConfig) -> int:
         raise InputError(f"--in: no file '{path}'")
     count = 0
     first: dict[str, Any] = {}
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                row = _check_row(f"{path}:{number}", line, config)
-                key = _group_key(row, None)
-                if key is None or key != _group_key(first, None):
-                    first = row
-                _check_sibling(f"{path}:{number}", row, first)
-                count += 1
+    for place, line in _lines(path):
+        row = _check_row(place, line, config)
+        key = _group_key(row, None)
+        if key is None or key != _group_key(first, None):
+            first = row
+        _check_sibling(place, row, first)
+        count += 1
     if not count:
         raise InputError(f"--in: '{path}' has no rows")
     return count
+
+
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Place and JSON of each row; a parquet file's rows are written as such."""
+    if path.suffix == ".parquet":
+        from data.parquet import read_rows as parquet_rows  # loads pyarrow
+
+        for number, row in enumerate(parquet_rows(path), start=1):
+            yield f"{path}: row {number}", json_line(row).encode()
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path}:{number}", line
 
 
 def _group_key(row: dict[str, Any], alone: Any) -> Any:

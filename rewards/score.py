@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source.add_argument("--recipe", help="a recipe; only its rewards section is read")
     source.add_argument("--reward", action="append", help="a reward function by name; may stand several times")
     parser.add_argument("--plugin", action="append", default=[], help="./file.py:function, package.module:function, or an entry point")
-    parser.add_argument("--in", dest="rows", required=True, type=Path, metavar="ROWS.jsonl")
+    parser.add_argument("--in", dest="rows", required=True, type=Path, metavar="ROWS", help="a JSONL or parquet file")
     parser.add_argument("--out", required=True, type=Path, metavar="SCORED.jsonl")
     parser.add_argument("overrides", nargs="*", metavar="rewards.key=value")
     given = parser.parse_args(arguments)
@@ -76,6 +76,8 @@ def score_file(config: RewardsConfig, rows_path: Path, out_path: Path, log: IO[s
     """Scores a file; the exit code."""
     total = check_rows(rows_path, config)
     check_not_input("--out", out_path, [rows_path])
+    if out_path.suffix == ".parquet":
+        raise InputError(f"--out: '{out_path}': scores are written row by row, as JSONL; name a .jsonl file")
     out_path.parent.mkdir(parents=True, exist_ok=True)
     with Journal(out_path.with_name(out_path.name + ".journal.sqlite")) as journal:
         _same_rewards(journal, config, out_path)

@@ -50,6 +50,7 @@ EXAMPLES = 3
 SHOWN_CHARACTERS = 160
 SHARED_MEMORY = ("/dev/shm", tempfile.gettempdir())
 """Where the weight file may be."""
+MADE_BY = "made by: "
 AT_START = "read from the hub at start"
 
 
@@ -145,7 +146,7 @@ def look(recipe: TrainRecipe, sections: list[str]) -> Inputs:
         policy = f"policy: {recipe.policy.path}"
     else:
         policy = f"policy: {recipe.policy.path}, not there yet"
-        missing.append(f"policy.path: no folder '{recipe.policy.path}'; {_made_by(recipe.policy.path)}")
+        missing.append(f"policy.path: no folder '{recipe.policy.path}'; {made_by(recipe.policy.path)}")
     lines = [policy]
     counts: dict[str, int | None] = {}
     longest: list[int | None] = []
@@ -201,16 +202,21 @@ def _shown(value: Any) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
 
 
-def _made_by(path: str) -> str:
-    """The command that makes a policy folder: that of the recipe here whose run ends in it."""
+def made_by(path: str) -> str:
+    """The command that makes a policy's folder, or a data set's file: that of the recipe here whose run ends in it."""
     for file in sorted(Path("recipes").rglob("*.yaml")):
         try:
             values = yaml.safe_load(file.read_text(encoding="utf-8"))
         except yaml.YAMLError:  # not what was asked about
             continue
         run = values.get("run") if isinstance(values, dict) else None
-        if isinstance(run, dict) and Path(run.get("output_dir", "outputs"), str(run.get("name")), "final") == Path(path):
-            return f"made by: accelerate launch -m {'rl' if 'rewards' in values else 'sft'}.train {file}"
+        if not isinstance(run, dict):
+            continue
+        folder = Path(run.get("output_dir", "outputs"), str(run.get("name")))
+        if folder / "final" == Path(path):
+            return f"{MADE_BY}accelerate launch -m {'rl' if 'rewards' in values and 'sft' not in values else 'sft'}.train {file}"
+        if folder / "curated" in Path(path).parents and "experts" in values:
+            return f"{MADE_BY}python -m sft.curate {file}"
     return "name a folder that save_pretrained wrote, or a run's `final`, which `accelerate launch -m sft.train RECIPE` makes"
 
 

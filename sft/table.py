@@ -23,7 +23,7 @@ from rewards.config import RewardsConfig
 from rewards.versions import reward_versions
 from rl.command import command_line, mistake
 from rl.config import EvalConfig, LearnerConfig, PolicyConfig, RolloutConfig, RunConfig, TrainRecipe
-from rl.inputs import check_conversation, check_engine, check_policy
+from rl.inputs import check_conversation, check_engine, check_policy, is_local
 from rl.run_folder import RunFolder
 
 Z95 = 1.959964
@@ -91,7 +91,11 @@ def main() -> int:
         folder = RunFolder(recipe.run.output_dir, recipe.run.name, recipe, FREE)
         folder.check(recipe.run.resume)
         if arguments.dry_run:
-            print(resolved_yaml(recipe))
+            from rl.dry_run import made_by  # loads torch
+
+            missing = [p.path for p in recipe.policies if is_local(p.path) and not Path(p.path).is_dir()]
+            lines = [f"  policies: no folder '{path}'; {made_by(path)}" for path in missing]
+            print("\n".join([resolved_yaml(recipe), *(["not there yet:", *lines] if lines else ["no input is missing"])]))
             return 0
         for policy in recipe.policies:
             check_policy(PolicyConfig(path=policy.path))

@@ -16,7 +16,7 @@ from data.prompts import check_prompts
 from data.recipe import InputError, read_recipe, resolved_yaml
 from rl.command import AGAIN, AT_ONCE, command_line, leave, mistake, stopped
 from rl.config import LearnerConfig, PolicyConfig, TrainRecipe
-from rl.inputs import check_conversation, check_judge, check_policy
+from rl.inputs import check_conversation, check_judge, check_policy, is_local
 from rl.run_folder import RunFolder
 from sft.config import SftRecipe
 from sft.ranks import is_main, ranks
@@ -33,6 +33,9 @@ def main() -> int:
         recipe = read_recipe(arguments.recipe, arguments.overrides, SftRecipe)
         folder = RunFolder(recipe.run.output_dir, recipe.run.name, recipe, FREE)
         result = folder.result() if folder.check(recipe.run.resume) else None
+        if arguments.dry_run and (missing := not_there(recipe)):
+            print("\n".join([resolved_yaml(recipe), "not there yet:", *(f"  {line}" for line in missing)]))
+            return 0
         if result is None or arguments.dry_run:
             check(recipe)
             rows = load_rows(recipe)
@@ -137,6 +140,17 @@ def check(recipe: SftRecipe) -> None:
         check_prompts(recipe.eval.prompts)
         check_judge(as_evaluation(recipe, Path()))
         check_conversation(recipe.rollout)
+
+
+def not_there(recipe: SftRecipe) -> list[str]:
+    """A line for each input that is not there yet, with the command that makes it. A file that no recipe here makes is a mistake."""
+    from rl.dry_run import MADE_BY, made_by  # loads torch
+
+    policy = recipe.policy.path
+    missing = [f"policy.path: no folder '{policy}'; {made_by(policy)}"] if policy and is_local(policy) and not Path(policy).is_dir() else []
+    paths = [source.path for source in [recipe.data, *recipe.data.sources] if source.path and not Path(source.path).exists()]
+    made = {path: made_by(path) for path in paths}
+    return missing + [f"data: no file '{path}'; {how}" for path, how in made.items() if how.startswith(MADE_BY)]
 
 
 def _note(folder: RunFolder, code: int, reason: str, result: dict[str, Any] | None = None) -> None:

@@ -201,3 +201,9 @@ def test_plain_values_are_parsed_under_a_name() -> None:
 def test_a_recipe_is_not_changed_after_it_is_read(read: Any) -> None:
     with pytest.raises(ValueError, match="frozen"):
         read("note: x").note = "y"
+
+
+def test_a_recipe_of_another_command_is_one_line(read: Any) -> None:
+    (line,) = mistakes(read, "sft: {steps: 3}\ndata: {path: x}\nlearner: {lr: 0.1}")
+    assert line.startswith("r.yaml: has the sections sft, data, and those here are learner, parts, note, extra: is it a recipe of another")
+    assert len(mistakes(read, "lerner: {steps: 3}\npart: []")) == 2, "two that are mistyped are two mistakes"

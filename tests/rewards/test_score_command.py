@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import rewards.score
+from data import parquet
 from rewards.rows import check_rows
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -239,3 +240,33 @@ def test_check_reads_rows_with_separators_of_unicode_and_skips_blank_lines(tmp_p
     (tmp_path / "rows.jsonl").write_text(f"{row}\n\n{row}\n", encoding="utf-8")
     done = command("rewards.check", "math_answer", "rows.jsonl", cwd=tmp_path)
     assert done.returncode == 0 and "2 gold answers: 2 score 1" in done.stdout, done.stdout + done.stderr
+
+
+def test_rows_of_a_parquet_file_are_scored_and_scores_are_written_as_jsonl(tmp_path):
+    rows = [{"prompt": "2+2=", "completion": f"#### {n}", "answer": "4", "group_id": None} for n in (4, 5)]
+    parquet.write_rows(tmp_path / "rows.parquet", rows, dict.fromkeys(rows[0], "string"))
+    arguments = ["--reward", "math_answer", "--in", "rows.parquet", "--out"]
+    done = command("rewards.score", *arguments, "o.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [row["reward"] for row in read_rows(tmp_path / "o.jsonl")] == [1.0, 0.0]
+    refused = command("rewards.score", *arguments, "o.parquet", cwd=tmp_path)
+    assert refused.returncode == 2 and refused.stderr.startswith("--out: 'o.parquet': scores are written row by row, as JSONL")
+    rows[1]["prompt"] = None
+    parquet.write_rows(tmp_path / "rows.parquet", rows, dict.fromkeys(rows[0], "string"))
+    bad = command("rewards.score", *arguments, "p.jsonl", cwd=tmp_path)
+    assert bad.returncode == 2 and bad.stderr.startswith("rows.parquet: row 2: 'prompt' has to be text or chat messages")
+
+
+def test_check_tells_a_judge_that_accepts_all_from_one_that_shapes(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def generous(completions, **_):\n    return [1.0] * len(completions)\n"
+        "def brevity(completions, **_):\n    return [1 / (1 + len(c)) for c in completions]\n"
+        "def silent(completions, **_):\n    return [None] * len(completions)\n"
+    )
+    generous = command("rewards.check", "./mine.py:generous", cwd=tmp_path)
+    assert generous.returncode == 1 and "2 score 1, which a wrong answer should not" in generous.stdout
+    brief = command("rewards.check", "./mine.py:brevity", cwd=tmp_path)
+    assert brief.returncode == 1 and brief.stdout.endswith("if it does not judge whether an answer is right, say so: --shaping\n")
+    shaped = command("rewards.check", "./mine.py:brevity", "--shaping", cwd=tmp_path)
+    assert shaped.returncode == 0 and "16 completions: 16 have a number, from " in shaped.stdout
+    assert command("rewards.check", "./mine.py:silent", "--shaping", cwd=tmp_path).returncode == 1

@@ -16,6 +16,7 @@ import transformers
 import yaml
 
 import rl.train
+import sft.table
 import sft.train
 from data.recipe import InputError, parse
 from rl.advantage import group_advantage
@@ -98,6 +99,20 @@ def test_a_mistake_in_the_inputs_is_one_line_and_exit_code_2(
     captured = capsys.readouterr()
     assert captured.err.startswith("prompts.jsonl:2: not valid JSON") and captured.err.count("\n") == 1
     assert not captured.out
+
+
+@pytest.mark.parametrize(
+    ("module", "recipe", "said"),
+    [
+        (sft.train, "5_final", "data: no file 'outputs/pipeline_curate/curated/train.parquet'; made by: python -m sft.curate"),
+        (sft.table, "6_table", "policies: no folder 'outputs/pipeline_final/final'; made by: accelerate launch -m sft.train"),
+    ],
+)
+def test_what_the_pipeline_makes_later_is_not_there_yet(
+    module: Any, recipe: str, said: str, fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dry_run(monkeypatch, module, f"recipes/pipeline/{recipe}.yaml") == 0
+    assert said in capsys.readouterr().out
 
 
 SHARDED = {"ACCELERATE_USE_FSDP": "true"}
