@@ -11,14 +11,16 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from data.recipe import InputError, parse
+from data.recipe import InputError, nearest, parse
 from data.values import Score
 from rewards.answers import find_golds
 from rewards.config import RewardsConfig
 from rewards.job import ScoreJob
+from rewards.plugins import ENTRY_POINTS
 from rewards.registry import BUILTINS
 from rewards.scorer import Scorer
 
@@ -45,6 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def config_for(plugin: str, options: dict[str, Any]) -> RewardsConfig:
     """A rewards section with this function alone."""
+    close = nearest(plugin, list(BUILTINS))
+    if (
+        plugin not in BUILTINS
+        and ":" not in plugin
+        and "did you mean" in close
+        and plugin not in {p.name for p in entry_points(group=ENTRY_POINTS)}
+    ):
+        raise InputError(f"rewards.check: no reward named '{plugin}'{close}")
     name = plugin.rpartition(":")[2]
     plugins = [] if plugin in BUILTINS else [plugin]
     return parse({"plugins": plugins, "parts": [{"name": name, "options": options}]}, RewardsConfig, "rewards.check")

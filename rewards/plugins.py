@@ -38,6 +38,8 @@ def find_plugin(text: str, group: str = ENTRY_POINTS) -> Plugin:
     else:
         found = {point.name: point for point in entry_points(group=group)}
         if text not in found:
+            if text.endswith(".py"):
+                raise ValueError(f"'{text}' names a file; name the function in it as well, {text}:FUNCTION")
             way_out = "a plugin is ./file.py:function, package.module:function, or an installed entry point"
             raise ValueError(f"no entry point '{text}' in the group {group}{nearest(text, list(found))} ({way_out})")
         source, _, function = found[text].value.partition(":")

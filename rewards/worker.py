@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType, SimpleNamespace
@@ -95,6 +95,8 @@ async def _finish(
 
 
 def _reply(request: dict[str, Any], returned: Any, notes: "_Notes", began: float) -> dict[str, Any]:
+    if isinstance(returned, str) or not isinstance(returned, Iterable):
+        raise TypeError(f"returned {returned!r:.60}; wanted is a list with a value for each completion")
     values = [_value(item) for item in returned]
     seconds = time.monotonic() - began
     return {"id": request["id"], "values": values, "metrics": notes.metrics, "extras": notes.extras, "seconds": seconds}

@@ -1,5 +1,6 @@
 """`python -m rewards.sandbox doctor`: tries every backend here and says which one runs programs, and why the others do not."""
 
+import argparse
 import sys
 
 from rewards.sandbox.judge import Sandbox
@@ -25,6 +26,9 @@ def doctor() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["doctor"]:
-        sys.exit("python -m rewards.sandbox doctor")
+    parser = argparse.ArgumentParser(prog="python -m rewards.sandbox", description=__doc__)
+    parser.add_argument(
+        "command", choices=["doctor"], help="which isolation of model-written programs this machine gives, and why no other"
+    )
+    parser.parse_args()
     sys.exit(doctor())
