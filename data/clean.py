@@ -81,7 +81,10 @@ def _check_records(report: Path, out: Path) -> None:
     if not report.is_file():
         return
     try:
-        of = json.loads(report.read_text(encoding="utf-8")).get("out", "another command's output")
+        there = json.loads(report.read_text(encoding="utf-8"))
+        of = there.get("out", "another command's output")
+        if "out" not in there and {"inputs", "clean"} <= there.keys() and out.is_file():
+            of = out.name  # of a version that did not say
     except (ValueError, AttributeError):
         of = "no data set that this command knows"
     if of != out.name:

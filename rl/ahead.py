@@ -76,7 +76,7 @@ class AheadStream(GroupStream):
         self._given_up = 0
         """Places that could not be scored since then."""
         self._count_wanted = 0
-        """P, known with the first `next`."""
+        """P, known with the first `next`, or from the checkpoint that a run goes on from."""
         self._handed_over = False
         """Whether the groups of `step` have been."""
         self._filling = True
@@ -226,8 +226,6 @@ class AheadStream(GroupStream):
             self._ready.append(slot.position)
 
     def _check_errors(self, now: _Step) -> None:
-        if not self._count_wanted:
-            return  # of a run that goes on, before its first step has said how many it takes
         now.expected = max(self._count_wanted * self.config.group_size, len(now.scores))
         super()._check_errors(now)
 
@@ -253,10 +251,12 @@ class AheadStream(GroupStream):
     def _drained(self) -> Iterator[None]:
         """Engines have finished what they had, and get nothing new."""
         self.pool.hold()
-        while self.pool.running:
-            self.turn(POLL_S)
-        yield
-        self.pool.release()
+        try:
+            while self.pool.running:
+                self.turn(POLL_S)
+            yield
+        finally:
+            self.pool.release()
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -274,12 +274,14 @@ class AheadStream(GroupStream):
 
     def state(self) -> dict[str, Any]:
         """The position of the prompts, and the places that were begun and not taken."""
-        return super().state() | {"ahead": [[place.slot.position, place.slot.nth, place.failures] for place in self._places.values()]}
+        ahead = [[place.slot.position, place.slot.nth, place.failures] for place in self._places.values()]
+        return super().state() | {"ahead": ahead, "count": self._count_wanted}
 
     def restore(self, step: int, state: Mapping[str, Any]) -> None:
         super().restore(step, state)
         self.version = step
         self._filling = not step  # the engines begin with the policy's own weights; those of the checkpoint are the first update
+        self._count_wanted = state.get("count", len(state.get("ahead", [])))
         for position, nth, failures in state.get("ahead", []):
             prompt = self.prompts.at(position)
             self._places[position] = _Place(Slot(self.run, position, prompt.id, nth), prompt, step, failures)

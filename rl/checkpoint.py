@@ -105,11 +105,22 @@ class Checkpoints:
                 os.replace(self.path(later), aside)
 
     def load(self, step: int, learner: Learner) -> dict[str, Any]:
-        """Puts optimizer and RNG back in place and returns the state; the learner's model was loaded from the same folder."""
+        """Puts optimizer and RNG back in place and returns the state; the learner's model was loaded from the same folder.
+
+        InputError where the checkpoint is of other trained tensors, as one of an earlier version may be.
+        """
         reader = dcp.FileSystemReader(self.path(step) / "trainer")
         state = _trainer_state(learner, self.ranks)
+        held = reader.read_metadata().state_dict_metadata.keys()
+        other = sorted(name for name in state.keys() ^ held if not name.startswith("rng/"))
+        if other:
+            whose = "the checkpoint lacks" if other[0] in state else "only the checkpoint has"
+            raise InputError(
+                f"{self.path(step)}: {whose} {other[0]} ({len(other)} such tensors in all): it is of another version of this program; "
+                f"choose another run.name, with policy.path={self.path(step)}"
+            )
         own = f"rng/{self.ranks.rank}"
-        if own not in reader.read_metadata().state_dict_metadata:
+        if own not in held:
             del state[own]  # written by fewer ranks
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")

@@ -150,23 +150,25 @@ def check_judge(recipe: TrainRecipe) -> None:
 
 
 def check_routes(prompts: Sequence[Prompt], recipe: TrainRecipe) -> None:
-    """InputError for a prompt that is routed to rewards which the recipe does not have, and where none has what a reward judges by."""
-    judged: dict[str, bool] = {}
+    """InputError for a prompt that is routed to rewards which the recipe does not have, and where no reward can judge any prompt."""
+    lacking: dict[str, tuple[str, ...]] = {}
+    can_judge = not prompts
     for prompt in prompts:
         try:
             parts = recipe.rewards.parts_for(prompt.columns)
         except ValueError as error:
             raise InputError(f"prompt '{prompt.id}': {error}; add the route, or correct the row") from None
         for part in parts:
-            if part.name in BUILTINS and BUILTINS[part.name].gold:
-                has = any(prompt.columns.get(column) not in (None, "", []) for column in BUILTINS[part.name].gold)
-                judged[part.name] = judged.get(part.name, False) or has
-    for name, some in judged.items():
-        if not some:
-            columns = " or ".join(BUILTINS[name].gold)
-            raise InputError(
-                f"rewards.parts: {name} judges by {columns}, and no prompt has either; name the column, as in prompts.columns.answer=COLUMN"
-            )
+            gold = BUILTINS[part.name].gold if part.name in BUILTINS else ()
+            can_judge |= part.weight != 0.0 and (not gold or any(prompt.columns.get(column) not in (None, "", []) for column in gold))
+            lacking |= {part.name: gold} if gold else {}
+        if can_judge and recipe.rewards.route is None:
+            return
+    for name, columns in lacking.items() if not can_judge else ():
+        raise InputError(
+            f"rewards.parts: {name} judges by {' or '.join(columns)}, and no prompt has either; name the column, as in "
+            "prompts.columns.answer=COLUMN"
+        )
 
 
 def judge_of(recipe: TrainRecipe) -> str:

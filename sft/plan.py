@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from sft.config import SftPolicyConfig, SftRecipe
 from sft.init import build_tokenizer, init_config
-from sft.tokens import tokenise, unknown_line
+from sft.tokens import NoneLeft, tokenise, unknown_line
 from sft.trainer import marked_template
 
 BYTES_PER_PARAMETER = 16
@@ -21,7 +21,14 @@ def describe(recipe: SftRecipe, rows: list[dict[str, Any]]) -> str:
     tokenizer = _tokenizer(recipe.policy)
     some = rows[:MEASURED_ROWS]
     limit = recipe.sft.max_length or getattr(_config(recipe.policy), "max_position_embeddings", None)
-    tokens = tokenise(some, tokenizer, limit, recipe.sft.too_long, marked_template)
+    while True:
+        try:
+            tokens = tokenise(some, tokenizer, limit, recipe.sft.too_long, marked_template)
+            break
+        except NoneLeft:
+            if len(some) == len(rows):
+                raise
+            some = rows[: 10 * len(some)]
     lengths = [len(row["input_ids"]) for row in tokens.rows]
     parameters = _parameters(recipe.policy)
     needed, available = parameters * BYTES_PER_PARAMETER, _memory()

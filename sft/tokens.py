@@ -27,6 +27,10 @@ Marked = Callable[[PreTrainedTokenizerBase], str]
 """A tokenizer's chat template with marks around what an assistant writes; ValueError where there is none."""
 
 
+class NoneLeft(InputError):
+    """All rows are longer than the context."""
+
+
 @dataclass(frozen=True)
 class TokenRows:
     """What training reads."""
@@ -62,7 +66,7 @@ def tokenise(
                 "the policy's context, or set sft.too_long=skip"
             )
     if not kept:
-        raise InputError(f"data: all {len(rows)} rows are longer than {max_length} tokens; raise sft.max_length")
+        raise NoneLeft(f"data: all {len(rows)} rows are longer than {max_length} tokens; raise sft.max_length")
     return TokenRows(kept, len(rows) - len(kept), max(len(row["input_ids"]) for row in kept), unknown)
 
 

@@ -41,6 +41,8 @@ LOOK_s = 0.25
 """How often it is looked whether the owner's connection is still there."""
 UNREAD_bytes = 1 << 24
 """What is read of a message that is refused, so that the answer finds somebody who listens."""
+STRANGER_s = 10.0
+"""A sender without the token who sends nothing for so long is not waited for."""
 STATUS = {Owned: 423, NotYours: 410, WeightMismatch: 422, Malformed: 400, EngineDead: 503, InputError: 409}
 
 
@@ -110,6 +112,8 @@ class Handler(BaseHTTPRequestHandler):
     """A connection on which nothing came for so long is closed; the client opens another."""
 
     def do_GET(self) -> None:
+        if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
+            self.close_connection = True  # a body is not read, and must not be taken for the next request
         if self.path != "/health":
             return self._say(404, "there is /health to GET")
         self._answer(200, json.dumps(self.server.host.state()).encode() + b"\n", "application/json")
@@ -137,6 +141,7 @@ class Handler(BaseHTTPRequestHandler):
         if not length.isdecimal():
             self._say(411, "needs a Content-Length")
         elif token is not None and not hmac.compare_digest(sent, token.encode()):
+            self.connection.settimeout(STRANGER_s)
             self.rfile.read(min(int(length), UNREAD_bytes))
             self._say(401, "needs the token that the server was started with; name its environment variable in rollout.server_token_env")
         elif self.headers.get("Content-Type") != CONTENT_TYPE:

@@ -252,29 +252,34 @@ class _Link:
         self.outbox.put(call)
 
     def _write(self) -> None:
-        with suppress(BrokenPipeError, ConnectionResetError):  # the reader sees the same end, and learns more of it
+        with suppress(OSError):  # the reader sees the same end, and learns more of it
             while (call := self.outbox.get()) is not None:
                 self.pipe.send(call)
 
     def _read(self) -> None:
         error = ""
-        with suppress(EOFError, ConnectionResetError):
-            while True:
-                said = self.pipe.recv()
-                self.heard = time.monotonic()
-                match said:
-                    case Sampled() as sampled:
-                        for completion in sampled.completions():
-                            self.mailbox.put(Finished(self.spec.name, completion))
-                    case Health() as health:
-                        self.mailbox.put(Pulse(self.spec.name, health))
-                    case Answer(number, value):
-                        self.waiting.pop(number).set_result(value)
-                    case Ready():
-                        self.ready.set_result(None)
-                    case Failed(error):
-                        pass
-        self._ended(error)
+        try:
+            with suppress(EOFError, OSError):  # an end within a message is a plain OSError
+                while True:
+                    said = self.pipe.recv()
+                    self.heard = time.monotonic()
+                    match said:
+                        case Sampled() as sampled:
+                            for completion in sampled.completions():
+                                self.mailbox.put(Finished(self.spec.name, completion))
+                        case Health() as health:
+                            self.mailbox.put(Pulse(self.spec.name, health))
+                        case Answer(number, value):
+                            self.waiting.pop(number).set_result(value)
+                        case Ready():
+                            self.ready.set_result(None)
+                        case Failed(error):
+                            pass
+        except BaseException as broken:
+            error = f"what it sent could not be read: {broken!r}"
+            raise
+        finally:  # whatever ended the reader, whoever waits for this engine is told
+            self._ended(error)
 
     def _ended(self, error: str) -> None:
         """The pipe broke: the process is gone or about to be, and whoever waits for it is told why."""

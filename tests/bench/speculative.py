@@ -30,7 +30,8 @@ from rl.policy import load_tokenizer
 
 def sample(policy: Path, prompts: list[list[int]], speculate: bool) -> tuple[float, dict[str, float]]:
     """Mean log-prob a sampled token, and vLLM's counts of drafts."""
-    args: dict[str, object] = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}} if speculate else {}
+    drafter = {"method": "mtp", "num_speculative_tokens": 1, "attention_backend": "CPU_MLA"}
+    args: dict[str, object] = {"speculative_config": drafter} if speculate else {}
     for repair in cpu_repairs(json.loads((policy / "config.json").read_text())):
         args |= repair.settings
     llm = LLM(

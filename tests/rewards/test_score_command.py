@@ -156,7 +156,7 @@ def test_check_says_whether_gold_scores_1(tmp_path):
     for bad, said in (("{x:1}", "is not JSON"), ("[1]", "is no object")):
         options = command("rewards.check", "math_answer", "--options", bad, cwd=tmp_path)
         assert options.returncode == 2 and f"--options: '{bad}' {said}" in options.stderr and "Traceback" not in options.stderr
-    for named, said in {"math_answr": "no reward named 'math_answr'; did you mean 'math_answer'?", "./mine.py": "./mine.py:FUNCTION"}.items():
+    for named, said in {"math_answr": "'math_answr'; did you mean 'math_answer'?", "./mine.py": "./mine.py:FUNCTION"}.items():
         wrong = command("rewards.check", named, cwd=tmp_path)
         assert wrong.returncode == 2 and said in wrong.stderr and wrong.stderr.count("\n") == 1
     missing = command("rewards.check", "./mine.py:nevr", cwd=tmp_path)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from made import make_groups, make_learner
 
+from data.recipe import InputError
 from rl.advantage import group_advantage
 from rl.checkpoint import Checkpoints
 from rl.config import AdvantageConfig, LossConfig
@@ -71,3 +72,16 @@ def test_every_file_of_a_checkpoint_is_missed(file: str, tmp_path: Path, capsys:
     (checkpoints.path(2) / file).unlink()
     assert checkpoints.newest() == 1
     assert f"step-2: damaged ({file}" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_other_trained_tensors_is_one_line(tmp_path: Path) -> None:
+    policy = policies.tiny_qwen3_moe(tmp_path / "policy", seed=0)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, Ranks())
+    first = make_learner(policy, LossConfig(), dtype=torch.float32)
+    learn(first, 1)
+    name, _ = first.optim.parameters[0]
+    moments = first.optim.state.pop(name)
+    path = checkpoints.save(1, first, load_tokenizer(policy), {"step": 1})
+    first.optim.state[name] = moments
+    with pytest.raises(InputError, match=rf"^{path}: the checkpoint lacks {name}/exp_avg \(2 such tensors in all\): .*policy.path={path}$"):
+        checkpoints.load(1, first)

@@ -53,7 +53,7 @@ DeepSeekMultiTokenPredictorLayer.forward = watched
 repairs = {k: v for r in cpu_repairs(json.loads((policy / "config.json").read_text())) for k, v in r.settings.items()}
 llm = LLM(
     str(policy), dtype="float32", max_model_len=128, max_num_seqs=2, enforce_eager=True, kv_cache_memory_bytes=64 << 20,
-    speculative_config={"method": "mtp", "num_speculative_tokens": 1}, **repairs,
+    speculative_config={"method": "mtp", "num_speculative_tokens": 1, "attention_backend": "CPU_MLA"}, **repairs,
 )
 seen.clear()
 (answer,) = llm.generate([{"prompt_token_ids": prompt}], SamplingParams(max_tokens=12, seed=3, detokenize=False), use_tqdm=False)

@@ -322,6 +322,13 @@ def test_nothing_is_changed_without_the_token(servers, folder: Path, tmp_path: P
     for name, tensor in there.up[0].host.engine.views.items():  # type: ignore[attr-defined]
         assert torch.equal(tensor, before[name])
     assert httpx.get(f"{there.urls[0]}/health", trust_env=False).json()["state"] == "ready"
+    # A body that is not read is no second request, whatever it looks like.
+    host, port = there.urls[0].removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as stranger:
+        hidden = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+        stranger.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(hidden) + hidden)
+        answers = b"".join(iter(lambda: stranger.recv(1 << 16), b""))
+    assert answers.count(b"HTTP/1.1 ") == 1
     engine.close()
 
 

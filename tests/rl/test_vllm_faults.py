@@ -1,11 +1,17 @@
 """vLLM engines that are killed or stopped by signals, in the middle of sampling, of an update, of a start; and what outlives whom."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +20,8 @@ from policies import Checkpoint, tiny_qwen3_moe
 pytest.importorskip("vllm", reason="vllm is not installed: `make install`")
 
 from data.values import Completion
-from rl.engines.base import Request, Sampling
-from rl.engines.vllm import VllmEngine
+from rl.engines.base import Died, EngineDead, Request, Sampling
+from rl.engines.vllm import VllmEngine, _Link
 from rl.engines.weights import read_manifest
 from rl.pool import RolloutPool
 from rl.sync import WeightSync
@@ -184,3 +190,36 @@ def hears_ctrl_c() -> None:
 def descendants(pid: int) -> list[int]:
     children = [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
     return children + [further for child in children for further in descendants(child)]
+
+
+def test_an_engine_that_dies_in_the_middle_of_a_message_is_dead_and_whoever_asked_it_is_told(tmp_path: Path) -> None:
+    """More than the pipe holds was being sent when it was killed, and its reader comes late."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def engine() -> None:
+        ours.close()
+        os.setsid()
+        theirs.recv()
+        theirs.send(b"x" * 10_000_000)
+
+    process = context.Process(target=engine)
+    process.start()
+    theirs.close()
+    link: Any = object.__new__(_Link)
+    spec = SimpleNamespace(name="a", stall_s=STALL_s, max_model_len=0, log_path=tmp_path / "a.log")
+    vars(link).update(
+        spec=spec, mailbox=SimpleQueue(), ready=Future(), waiting={}, calls=0, outbox=SimpleQueue(), heard=time.monotonic(), silent=None,
+        reason=None, closed=False, lock=threading.Lock(), pipe=ours, process=process, pid=process.pid,
+    )  # fmt: skip
+    link.ready.set_result(None)
+    link.writer, link.reader = (threading.Thread(target=work, daemon=True) for work in (link._write, link._read))
+    link.writer.start()
+    answer = link.call("pause")
+    time.sleep(0.5)  # it sends, and nobody reads
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    link.reader.start()
+    with pytest.raises(EngineDead, match="killed by SIGKILL"):
+        answer.result(timeout=20)
+    assert isinstance(link.mailbox.get(timeout=20), Died)
