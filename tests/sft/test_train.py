@@ -104,6 +104,18 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(command, tmp_path)
     assert not (tmp_path / "outputs").exists()
 
 
+def test_a_dry_run_looks_beyond_rows_that_are_all_too_long(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("sft.plan.MEASURED_ROWS", 2)
+    rows = [{"prompt": "1+1=", "completion": text} for text in ("2" * 90, "2" * 80, "2", "\u4e8c")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = ["data={path: rows.jsonl}", "sft.max_length=64"]
+    code, output, _ = command(RECIPES / "quickstart_sft.yaml", "--dry-run", *changes, "sft.too_long=skip")
+    assert code == 0 and "rows: 4, 6 tokens on average, 6 at most, 2 of the first 4 too long and left out" in output
+    assert "of the first 4, 1 tokens are <unk>" in output
+    code, _, errors = command(RECIPES / "quickstart_sft.yaml", "--dry-run", *changes)
+    assert code == 2 and "data: row 1 has 95 tokens and there is room for 64" in errors
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
