@@ -1,6 +1,7 @@
 """What all tests share: where the data sets are, and one thread for tiny models."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 # Tiny models are slower on more threads, and tests then disturb each other less. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell's script starts what it puts into the background with Ctrl-C ignored, and commands that tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
