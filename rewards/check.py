@@ -86,9 +86,10 @@ def check(config: RewardsConfig, rows: Sequence[dict[str, Any]], shaping: bool =
         print(f"  row {index + 1}: gold {golds[index] or rows[index]['completion']!r:.80}: {_said(scores)}")
     print(f"{len(wrong)} answers of other rows: {generous} score 1{', which a wrong answer should not' if generous else ''}")
     print(f"{sum(map(len, [*right, *wrong])) / seconds:.0f} completions a second; {len(rows) - len(usable)} rows have no gold answer")
-    if len(missed) == len(usable) and not failed:
+    accepts_all = bool(wrong) and generous == len(wrong)
+    if (len(missed) == len(usable) or accepts_all) and not failed:
         print("if it does not judge whether an answer is right, say so: --shaping")
-    return 1 if missed or failed or (wrong and generous == len(wrong)) else 0
+    return 1 if missed or failed or accepts_all else 0
 
 
 def _shapes(scores: Sequence[Score]) -> int:

@@ -1,7 +1,7 @@
 """`choice_letter`: 1 if the completion chooses the gold letter of a multiple-choice question, 0 if another, several or none.
 
-The letter is looked for where `math_answer` looks for an answer, then in the last `the answer is (B)`, then in `option B`, where no
-other option is named, then as all of the text. Gold is a letter, or the text of one of the row's `choices`."""
+The letter is looked for where `math_answer` looks for an answer, then in the last `the answer is (B)`, then in `option B` or `answer
+choice B`, where no other is named, then as all of the text. Gold is a letter, or the text of one of the row's `choices`."""
 
 import re
 from typing import Any
@@ -10,9 +10,10 @@ from data.values import Messages
 from rewards.answers import find_golds, marked_answer
 from rewards.text import answer_text, completion_text, per_completion
 
-_LETTER = r"(?i:\s+is)?\s*:?\s*\**\(?([A-Z])\)?(?![\w'])"
-_ANSWER = re.compile(r"\b(?i:answer(?:\s+is)?(?:\s*:?\s*(?:choice|option))?)" + _LETTER)
-_OPTION = re.compile(r"\b(?i:choice|option)" + _LETTER)
+_LETTER = r"[\s:*]*\(?([A-Z])\)?(?![\w'])"
+_ANSWER = re.compile(r"\b(?i:answer(?:\s+is\b|\s*:)(?:[\s:*]*(?:choice|option))?)" + _LETTER)
+_OPTION = re.compile(r"\b(?i:choice|option|answer(?!\s+I\s))(?i:\s+is\b)?" + _LETTER)
+"""Names an option, which may be a wrong one: `option A`, `the answer A`; not `the answer I found`."""
 
 
 def choice_letter(

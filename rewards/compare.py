@@ -11,16 +11,17 @@ from collections.abc import Sequence
 
 from rewards.forms import POINT, Form, form, read_scalar, readings
 from rewards.latex import Tree, variables
-from rewards.numbers import MEASURES, UNIT_CAPITALS, Verdict, plain
+from rewards.numbers import LETTER_UNITS, MEASURES, UNIT_LETTERS, Verdict, plain, plain_pair
 from rewards.scalars import compare_equations, compare_scalars, solution
 
 
 def compare_forms(answer: str, gold: str) -> Verdict:
     """The verdict on two texts, by what they say; where a comma may separate thousands or members, by whichever makes them equal."""
+    answer, gold = plain_pair(answer, gold)
     try:
-        left, right = readings(plain(answer)), readings(plain(gold))
+        left, right = readings(answer), readings(gold)
         if any(read.kind == "tuple" for read in left + right):  # a point with its name, where the other has none
-            left, right = left or readings(POINT.sub("", plain(answer))), right or readings(POINT.sub("", plain(gold)))
+            left, right = left or readings(POINT.sub("", answer)), right or readings(POINT.sub("", gold))
         verdicts = {_compare(one, other) for one in left for other in right}
     except RecursionError:  # 400 minus signs
         return Verdict.UNKNOWN
@@ -113,12 +114,18 @@ def _compare_units(answer: Form, gold: Form) -> Verdict:
 
 
 def _is_bare_unit(answer: Form, gold: Form) -> bool:
-    """Whether a gold without variables is answered by itself times a letter that may be a unit, as in `10 N`."""
-    if answer.kind != "scalar" or gold.kind != "scalar" or answer.tree[0] != "*" or variables(gold.tree):
+    """Whether a gold without variables is answered by itself times letters that may be a unit, as in `10 N` and `36\\pi m^2`."""
+    if answer.kind != "scalar" or gold.kind != "scalar" or variables(gold.tree):
         return False
-    value, letter = answer.tree[1:]
-    is_unit = letter[0] == "variable" and letter[1] in UNIT_CAPITALS
-    return is_unit and compare_scalars(value, gold.tree) is Verdict.EQUAL
+    if gold.tag.rstrip("23") in LETTER_UNITS:
+        return False  # a letter that spells this unit is one by now
+    tree = answer.tree[1] if answer.tree[0] == "/" and _is_unit(answer.tree[2]) else answer.tree  # m/s
+    return tree[0] == "*" and _is_unit(tree[2]) and compare_scalars(tree[1], gold.tree) is Verdict.EQUAL
+
+
+def _is_unit(tree: Tree) -> bool:
+    letter = tree[1] if tree[0] == "^" and tree[2] in (("number", "2"), ("number", "3")) else tree
+    return letter[0] == "variable" and letter[1] in UNIT_LETTERS
 
 
 def _compare_equations(answer: Form, gold: Form) -> Verdict:

@@ -8,10 +8,12 @@ when there is something to ask.
 
 import re
 
-from rewards.numbers import Verdict, plain
+from rewards.numbers import Verdict, depth, plain
 
 LONGEST = 200
 """Characters; longer texts are no expression of an answer."""
+DEEPEST = 10
+"""Brackets within brackets; of 20 math-verify makes a second's work, of 60 more than its limit."""
 LIMIT_S = 2
 """Seconds for each of math-verify's three steps; it counts whole ones."""
 
@@ -44,4 +46,4 @@ def compare_expressions(answer: str, gold: str) -> Verdict:
 
 def _is_trusted(text: str) -> bool:
     words = set(_WORD.findall(_COMMAND.sub(" ", text)))
-    return 0 < len(text) <= LONGEST and not _UNTRUSTED.search(text) and words <= _FUNCTIONS
+    return 0 < len(text) <= LONGEST and depth(text) <= DEEPEST and not _UNTRUSTED.search(text) and words <= _FUNCTIONS

@@ -10,10 +10,12 @@ from functools import lru_cache
 from typing import Literal
 
 from rewards.latex import Tree, Unreadable, read
-from rewards.numbers import MEASURES, exact, unit_name
+from rewards.numbers import MEASURES, depth, exact, unit_name
 
 LONGEST = 500
 """Characters; a longer text is not read."""
+DEEPEST = 40
+"""Brackets within brackets; a text with more is not read."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,13 @@ _BUILDER = re.compile(
 )
 """`\\{x \\in \\mathbb{R} \\mid x > 2\\}`, which says no more than `x > 2`."""
 _OR, _AND = re.compile(r",?\s*\bor\b\s*"), re.compile(r",?\s*\band\b\s*")
+_SUBJECT = re.compile(r"[a-zA-Z](\([a-z]\))?")
 _IN = re.compile(r"^[a-zA-Z]\s*(?:\\in\b|∈)\s*")
 _MATRIX = re.compile(r"[(\[]?\s*\\begin\{([pbvB]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}\s*[)\]]?", re.DOTALL)
 _SEPARATOR = re.compile(r"\s*(?:,\s*(?:and|or)\b|,|;|\band\b|\bor\b)\s*")
 _RELATION = re.compile(r"(\\leq?(?![a-z])|\\geq?(?![a-z])|\\lt(?![a-z])|\\gt(?![a-z])|<=|>=|[<>≤≥])")
 _UNIT = re.compile(
-    r"(?P<value>.*?[\d})!a-zA-Z])\s*(?P<unit>(?<![\\a-zA-Z])[a-zA-Z]{2,}\.?(?:[ /]+[a-zA-Z]+)*)\s*(?:\^\s*\{?(?P<power>[23])\}?)?"
+    r"(?P<value>.*?[\d})!a-zA-Zπ])\s*(?P<unit>(?<![\\a-zA-Z])[a-zA-Z]{2,}\.?(?:[ /]+[a-zA-Z]+)*)\s*(?:\^\s*\{?(?P<power>[23])\}?)?"
 )
 _WORDS = re.compile(r"\(?[a-zA-Z][a-zA-Z\d'. -]*\)?")
 _LONG_WORD = re.compile(r"[a-zA-Z]{3,}|[a-zA-Z]{2,} |\b(?:no|on|up)\b", re.IGNORECASE)
@@ -58,7 +61,7 @@ _REALS = frozenset({r"\mathbb{R}", r"\mathbb R", "R", "all real numbers", "all r
 @lru_cache(maxsize=4096)
 def form(text: str) -> Form | None:
     """The form of a plain text; None if it is none that is known."""
-    if not text or len(text) > LONGEST:
+    if not text or len(text) > LONGEST or depth(text) > DEEPEST:
         return None
     exact_side, about, approximation = text.partition(r"\approx")
     text = _IN.sub("", (exact_side.strip() or approximation) if about else text)
@@ -90,7 +93,7 @@ def _form(text: str) -> Form:
     for word, join in ((_OR, _union), (_AND, _intersection)):
         parts = _split(text, word)
         if len(parts) > 1 and all(map(_RELATION.search, parts)):
-            return join([_form(part) for part in parts], text)
+            return join([_form(part) for part in parts], text) if len(_subjects(text)) == 1 else _relation_as_written(text)
     for kind, parts in (("union", _split(text, re.compile(r"\\cup\b|∪"))), ("list", _split(text, _SEPARATOR))):
         if len(parts) > 1:
             return Form(kind, _flat([_form(part) for part in parts]))  # type: ignore[arg-type]
@@ -140,7 +143,7 @@ def _inequality(sides: Sequence[str]) -> Form | None:
     signs = [{"\\l": "<", "\\g": ">", "≤": "<", "≥": ">"}.get(sign[:2], sign[0]) for sign in sides[1::2]]
     closed = [sign not in ("<", ">", r"\lt", r"\gt") for sign in sides[1::2]]
     terms = [side.strip() for side in sides[::2]]
-    place = next((i for i, term in enumerate(terms) if re.fullmatch(r"[a-zA-Z](\([a-z]\))?", term)), None)
+    place = next((i for i, term in enumerate(terms) if _SUBJECT.fullmatch(term)), None)
     if place is None or len(terms) > 3 or len(set(signs)) > 1 or (len(terms) == 3 and place != 1):
         return None
     low, high = (read_scalar(r"-\infty"), False), (read_scalar(r"\infty"), False)
@@ -152,6 +155,12 @@ def _inequality(sides: Sequence[str]) -> Form | None:
             else:
                 high = (read_scalar(term), is_closed)
     return Form("tuple", (low[0], high[0]), tag="(["[low[1]] + ")]"[high[1]])
+
+
+def _subjects(text: str) -> set[str | None]:
+    """What the inequalities joined by `or` and `and` are about: `x` of `x < 2 or 3 < x`; None for one that is about no variable."""
+    sides = [re.split(_RELATION, part) for part in re.split(r",?\s*\b(?:or|and)\b", text)]
+    return {next((term.strip() for term in terms[::2] if _SUBJECT.fullmatch(term.strip())), None) for terms in sides}
 
 
 def _union(intervals: Sequence[Form], text: str) -> Form:

@@ -15,7 +15,7 @@ from typing import Any
 
 from data.values import Messages
 from rewards.answers import find_answer, find_golds
-from rewards.numbers import Verdict, compare, exact, plain
+from rewards.numbers import Verdict, compare, exact, plain_pair
 from rewards.text import as_text, completion_text
 
 _OPERATION = re.compile(r"[-+*/^!|]|\\[a-z]")
@@ -71,7 +71,7 @@ def verdict_on(text: str, golds: Sequence[str], prompt_text: str = "", asked: st
 
 def _finished(answer: str, gold: str, asked: str) -> Verdict:
     """The verdict on an answer that has the gold's value: whether it is an answer at all."""
-    said, wanted = plain(answer), plain(gold)
+    said, wanted = plain_pair(answer, gold)
     said = said if "=" in wanted else _last_side(said)
     number = exact(said)
     if number is not None and number.value.denominator == 1 and _QUOTIENT.search(said) and not _QUOTIENT.search(wanted):

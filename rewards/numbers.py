@@ -38,7 +38,7 @@ class Number:
 
 def compare(answer: str, gold: str) -> Verdict:
     """What is certain of an answer, given the gold one; both without the words around them."""
-    answer, gold = plain(answer), plain(gold)
+    answer, gold = plain_pair(answer, gold)
     if not answer:
         return Verdict.DIFFERENT
     if answer == gold:
@@ -128,10 +128,10 @@ _UNIT_LETTERS = {
     "W": "watt", "A": "ampere", "K": "kelvin", "T": "tesla",
 }  # fmt: skip
 """Units of one letter where they are set as text; not C and F, which are degrees and more, nor e, i, d and x."""
-UNIT_CAPITALS = frozenset(letter for letter in _UNIT_LETTERS if letter.isupper()) - {"L"}
+UNIT_LETTERS, LETTER_UNITS = frozenset(_UNIT_LETTERS), frozenset(_UNIT_LETTERS.values())
 MEASURES = (
     frozenset(_UNIT_NAMES.values()) - {"%", "yen", "yuan"}
-    | frozenset(_UNIT_LETTERS.values())
+    | LETTER_UNITS
     | frozenset("cent penny dime nickel day week month year ton gallon quart pint cup acre radian mph kph ohm".split())
 )
 """Units that measure: two of them are never one. `¥` is yen or yuan."""
@@ -227,6 +227,15 @@ def is_guess(text: str) -> bool:
     return bool(_GUESS.search(_SCRIPT.sub("_", text))) and any(character.isdigit() for character in text)
 
 
+def depth(text: str) -> int:
+    """How deep the brackets of a text are nested, whether they are closed or not."""
+    deepest = now = 0
+    for character in text:
+        now = max(0, now + {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(character, 0))
+        deepest = max(deepest, now)
+    return deepest
+
+
 def _says_no_number(text: str) -> bool:
     return not any(character.isdigit() or character in "\\π√" for character in text) and not _NUMBER_WORDS.search(text)
 
@@ -256,6 +265,13 @@ _LETTER_UNIT = re.compile(
     rf"(?<=[\w)}}$])(?:\s|~|\\[!,;: ])*(?:{_TEXT}\s*\{{\s*(?P<unit>[{''.join(_UNIT_LETTERS)}])"
     rf"(?:\s*/\s*(?P<per>[{''.join(_UNIT_LETTERS)}]))?\s*(?:\^\s*(?P<inside>[23])\s*)?\}}|\\Omega|[ΩΩ])"
     r"(?:\s*\^\s*\{?\s*(?P<power>[23])\s*\}?)?\s*$"
+)
+_BARE_UNIT = re.compile(
+    rf"(?:(?<=[\d)}}$π])\s*|(?<=\\pi)\s+)(?P<unit>[{''.join(_UNIT_LETTERS)}])(?:\s*/\s*(?P<per>[{''.join(_UNIT_LETTERS)}]))?"
+    r"(?:\s*\^\s*\{?\s*(?P<power>[23])\s*\}?)?$"
+)
+_NAMED_UNIT = re.compile(
+    r"(?:(?<=[\d)}$π])\s*|(?<=\\pi)\s+)(?P<unit>[a-zA-Z]{2,})(?:\s*/\s*(?P<per>[a-zA-Z]+))?(?:\s*\^\s*\{?\s*(?P<power>[23])\s*\}?)?$"
 )
 _NO_VALUE = re.compile(rf"(?:\\circ\s*\}}?|{_TEXT}\s*\{{[^{{}}]*\}})$")
 _TYPED = str.maketrans(
@@ -309,3 +325,21 @@ def plain(text: str) -> str:
     for pattern, replacement in _REPLACED:
         text = pattern.sub(replacement, text)
     return " ".join(text.split()).rstrip(".:,; ")
+
+
+def plain_pair(answer: str, gold: str) -> tuple[str, str]:
+    """Both texts plain; where one names its unit, and the letter behind the other's value spells it, with the name: `5 meter` for `5m`."""
+    answer, gold = plain(answer), plain(gold)
+    if answer == gold or max(len(answer), len(gold)) > LONGEST:
+        return answer, gold
+    return _spelled(answer, gold), _spelled(gold, answer)
+
+
+def _spelled(text: str, other: str) -> str:
+    bare, named = _BARE_UNIT.search(text), _NAMED_UNIT.search(other)
+    if not bare or not named or not re.search(r"\d|\\pi|π", text[: bare.start()]):
+        return text
+    unit, per = _UNIT_LETTERS[bare["unit"]], _UNIT_LETTERS.get(bare["per"] or "", "")
+    if (unit, per, bare["power"]) != (unit_name(named["unit"]), unit_name(named["per"] or ""), named["power"]):
+        return text
+    return f"{text[: bare.start()]} {unit}" + (f"/{per}" if per else "") + (f"^{bare['power']}" if bare["power"] else "")

@@ -30,6 +30,10 @@ class Plugin:
     """Its name in the source."""
 
 
+class ModuleMissing(ValueError):
+    """A module that is not there."""
+
+
 def find_plugin(text: str, group: str = ENTRY_POINTS) -> Plugin:
     """The plugin that a recipe names; raises ValueError with one line if it is not there or does not bind that function."""
     source, colon, function = text.rpartition(":")
@@ -49,7 +53,8 @@ def find_plugin(text: str, group: str = ENTRY_POINTS) -> Plugin:
     if plugin.function not in names and "*" not in names:
         raise ValueError(f"{plugin.source} has no function '{plugin.function}'{nearest(plugin.function, names)}")
     written = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == plugin.function]
-    if group == ENTRY_POINTS and len(written) == 1 and written[0].args.kwarg is None and not written[0].decorator_list:
+    is_final = len(written) == 1 and names.count(plugin.function) == 1 and not written[0].decorator_list
+    if group == ENTRY_POINTS and is_final and written[0].args.kwarg is None:
         contract = f"{plugin.function}(prompts, completions, completion_ids, **columns)"
         raise ValueError(f"{plugin.source}:{written[0].lineno}: {plugin.function} takes no **kwargs; the contract is {contract}")
     return plugin
@@ -66,7 +71,7 @@ def find_source(source: str) -> Path:
     for name in source.split("."):
         spec = PathFinder.find_spec(name, where)
         if spec is None:
-            raise ValueError(f"no module '{source}' ('{name}' is not found; is it installed, or missing from PYTHONPATH?)")
+            raise ModuleMissing(f"no module '{source}' ('{name}' is not found; is it installed, or missing from PYTHONPATH?)")
         where = list(spec.submodule_search_locations or [])
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         raise ValueError(f"module '{source}' has no Python source; a plugin is a .py module")

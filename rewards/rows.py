@@ -21,7 +21,7 @@ from rewards.text import completion_text
 
 _OURS = ("prompt", "completion", "prompt_text", "completion_ids", "group_id")
 _SHARED = ("prompt", "answer", "solution")
-"""What the rows of a group have in common: it is judged by the first one's."""
+"""What the rows of a group have in common, where they say it: the group is judged by the first one's."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def check_rows(path: Path, config: RewardsConfig) -> int:
         key = _group_key(row, None)
         if key is None or key != _group_key(first, None):
             first = row
-        _check_sibling(place, row, first)
+        if row is not first:
+            _check_sibling(place, row, first)
         count += 1
     if not count:
         raise InputError(f"--in: '{path}' has no rows")
@@ -95,7 +96,7 @@ def _group_key(row: dict[str, Any], alone: Any) -> Any:
 
 def _check_sibling(place: str, row: dict[str, Any], first: dict[str, Any]) -> None:
     for name in _SHARED:
-        if row.get(name) != first.get(name):
+        if name in row and row[name] != first.get(name) and json.dumps(row[name]) != json.dumps(first.get(name)):  # NaN is not NaN
             raise InputError(
                 f"{place}: '{name}' is not that of the first row of group {row['group_id']!r:.60}; "
                 "rows of one group answer one prompt: give other rows another group_id"

@@ -9,11 +9,12 @@ import ast
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from data.journal import Journal
 from rewards.config import RewardsConfig
-from rewards.plugins import find_source
+from rewards.plugins import ModuleMissing, find_source
 
 OURS = ("data", "rewards")
 """Packages whose modules count as part of a reward function that imports them."""
@@ -48,7 +49,10 @@ def _sources(path: Path) -> list[Path]:
         file = waiting.pop()
         if file not in found:
             found[file] = None
-            waiting += [find_source(module) for module in _imported(file) if module.split(".")[0] in OURS]
+            for module in _imported(file):
+                if module.split(".")[0] in OURS:
+                    with suppress(ModuleMissing):  # an optional import: what is not there is no part of what runs
+                        waiting.append(find_source(module))
     return sorted(found, key=lambda file: (file != path, str(file)))
 
 

@@ -43,6 +43,15 @@ from rewards.tag_count import tag_count
         ("So the answer is D, not option B.", 0.0),
         ("The answer is A. No: the answer is B.", 1.0),
         ("Option A is wrong, option B is not.", 0.0),
+        ("The answer is **option B**.", 1.0),
+        ("The answer is: **(B)**. Answer choice A is wrong.", 1.0),
+        ("The answer I found is option B.", 1.0),
+        ("I choose answer choice B.", 1.0),
+        ("Answer choice B is wrong because x. Option C is right.", 0.0),
+        ("Looking at answer choice B, it fails. The right one is option C.", 0.0),
+        ("The answer B is wrong, so I choose option C.", 0.0),
+        ("Answer choice A is wrong. The answer is B.", 1.0),
+        ("The answer is" + " " * 50000 + "b", 0.0),
     ],
 )
 def test_choice_letter_wants_one_letter(text, reward):

@@ -1,6 +1,7 @@
 """Exact answers: what equals what, what is never an answer, and every gold of GSM8K against itself and its neighbour."""
 
 import json
+import time
 from fractions import Fraction
 
 import pytest
@@ -229,6 +230,10 @@ def test_an_answer_is_neither_paid_for_what_it_does_not_say_nor_refused_for_how_
         (r"3.0\times 10^8 \text{ m/s}", r"3 \times 10^8", EQUAL),
         ("10 N", "10", UNKNOWN),
         ("10 N", "11", DIFFERENT),
+        (r"36\pi m^2", r"36\pi", UNKNOWN),
+        (r"2\pi m/s", r"2\pi", UNKNOWN),
+        ("10x", "10", DIFFERENT),
+        ("5m", "5m", EQUAL),
         (r"\text{A}", "A", EQUAL),
         (r"\text{A}", r"\text{(A)}", EQUAL),
         # numbers in words, names and currencies
@@ -257,6 +262,52 @@ def test_an_answer_is_neither_paid_for_what_it_does_not_say_nor_refused_for_how_
 )
 def test_the_same_value_in_another_dress_is_equal(answer, gold, wanted):
     assert verdict_on(rf"\boxed{{{answer}}}", [gold]) is wanted
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "wanted"),
+    [
+        ("36m", r"36\text{ m}", EQUAL),
+        ("36 m^2", r"36\text{ m}^2", EQUAL),
+        ("2s", r"2\text{ s}", EQUAL),
+        ("5g", r"5\text{ g}", EQUAL),
+        ("5L", r"5\text{ L}", EQUAL),
+        ("9.8 m/s^2", r"9.8\text{ m/s}^2", EQUAL),
+        ("9.8 m/s^2", r"9.8\text{ m/s^2}", EQUAL),
+        ("20m/s", r"20\text{ m/s}", EQUAL),
+        (r"36\pi m^2", r"36\pi\text{ m}^2", EQUAL),
+        ("36π m", r"36\pi\text{ m}", EQUAL),
+        ("5 N", r"5\,\mathrm{N}", EQUAL),
+        ("5 N", r"5\text{ N}", EQUAL),
+        ("-5 N", r"-5\text{ N}", EQUAL),
+        ("3A", r"3\text{ A}", EQUAL),
+        ("5K", r"5\text{ K}", EQUAL),
+        (r"\sqrt{2}m", r"\sqrt2\text{ m}", EQUAL),
+        (r"$5\sqrt{3}$ m", r"5\sqrt3\text{ m}", EQUAL),
+        ("5m", "5 meters", EQUAL),
+        ("37m", r"36\text{ m}", DIFFERENT),
+        ("5 s", r"5\text{ m}", DIFFERENT),
+        ("7s", r"5\text{ m}", DIFFERENT),
+        ("5 N", r"5\text{ J}", DIFFERENT),
+        ("36 m^2", r"36\text{ m}", DIFFERENT),
+        ("9.8 m^2", r"9.8\text{ m/s}^2", DIFFERENT),
+        ("5x", r"5\text{ m}", DIFFERENT),
+    ],
+)
+def test_a_letter_is_the_unit_that_the_other_side_names(one, other, wanted):
+    assert verdict_on(rf"\boxed{{{one}}}", [other]) is wanted
+    assert verdict_on(rf"\boxed{{{other}}}", [one]) is wanted
+
+
+@pytest.mark.parametrize(
+    "answer", ["(" * 60 + "1,2" + ")" * 60, "(" * 60, "[(" * 50 + "1", r"\{" * 60, "(2," * 60, "(1," * 60 + "2" + ")" * 60]
+)
+@pytest.mark.parametrize("gold", ["5", r"2\pi", "(1,2)"])
+def test_brackets_nested_too_deep_cost_nothing(answer, gold):
+    verdict_on(r"\boxed{5x}", [r"2\pi"])  # loads mpmath
+    began = time.process_time()
+    verdict_on(f"#### {answer}", [gold])
+    assert time.process_time() - began < 0.05
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,19 @@ def test_rows_of_one_group_that_differ_in_what_is_asked_are_a_mistake(tmp_path, 
     assert command("rewards.score", "--reward", "math_answer", "--in", "rows.jsonl", "--out", "o.jsonl", cwd=tmp_path).returncode == 0
 
 
+def test_rows_of_one_group_may_hold_no_number_and_need_not_repeat_the_answer(tmp_path):
+    rows = [{"prompt": "q", "completion": "c", "answer": float("nan")}] * 2  # as pandas leaves them
+    rows += [row | {"group_id": "a"} for row in rows]
+    rows += [
+        {"prompt": "q", "completion": "#### 1", "answer": "1", "group_id": "b"},
+        {"prompt": "q", "completion": "#### 1", "group_id": "b"},
+    ]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    done = command("rewards.score", "--reward", "math_answer", "--in", "rows.jsonl", "--out", "o.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [row["reward"] for row in read_rows(tmp_path / "o.jsonl")][-2:] == [1.0, 1.0]
+
+
 def test_scores_of_a_grader_that_changed_are_not_taken_for_its_own(tmp_path):
     grader = "def grader(completions, **_):\n    return [{} for _ in completions]\n"
     (tmp_path / "mine.py").write_text(grader.format("0.0"))
@@ -268,8 +281,11 @@ def test_check_tells_a_judge_that_accepts_all_from_one_that_shapes(tmp_path):
     )
     generous = command("rewards.check", "./mine.py:generous", cwd=tmp_path)
     assert generous.returncode == 1 and "2 score 1, which a wrong answer should not" in generous.stdout
+    hint = "if it does not judge whether an answer is right, say so: --shaping\n"
+    gate = command("rewards.check", "think_format", cwd=tmp_path)
+    assert gate.returncode == 1 and generous.stdout.endswith(hint) and gate.stdout.endswith(hint)
     brief = command("rewards.check", "./mine.py:brevity", cwd=tmp_path)
-    assert brief.returncode == 1 and brief.stdout.endswith("if it does not judge whether an answer is right, say so: --shaping\n")
+    assert brief.returncode == 1 and brief.stdout.endswith(hint)
     shaped = command("rewards.check", "./mine.py:brevity", "--shaping", cwd=tmp_path)
     assert shaped.returncode == 0 and "16 completions: 16 have a number, from " in shaped.stdout
     assert command("rewards.check", "./mine.py:silent", "--shaping", cwd=tmp_path).returncode == 1
