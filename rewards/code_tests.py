@@ -7,8 +7,9 @@ The program is the last fenced block after the reasoning. A row's `tests` is a l
 Each test runs in a fresh process. What it expects is compared here or, for asserts, in a process apart, and never goes where the
 program is. Arguments go there by value, so a change that a function makes in them is not seen.
 
-A program that fails in any way is a wrong answer; only a failure of the sandbox or of the row is an error. The Score's detail is the
-first failing case, its verdict, and the last 300 characters that the program wrote.
+A program that fails in any way is a wrong answer; only a failure of the sandbox or of the row is an error. Asserts that use an object
+of the program in a way that cannot be judged (`rewards.sandbox.proxies` says which) leave the completion unscored, unless another test
+settles it. The Score's detail is the first failing case, its verdict, and the last 300 characters that the program wrote.
 """
 
 import ast
@@ -41,7 +42,8 @@ class Verdict:
     """What came of one test."""
 
     name: str
-    """`passed`, `wrong`, `timeout`, `killed` (by a signal or for a limit), `crashed`, or `no program`."""
+    """`passed`, `wrong`, `timeout`, `killed` (by a signal or for a limit), `crashed`, `no program`, or `unscored` (the judge
+    cannot say)."""
     said: str = ""
     wrote: str = ""
     """The end of what the program wrote."""
@@ -69,7 +71,8 @@ def code_tests(
     backend: str = "auto",
     **_: Any,
 ) -> list[float | None]:
-    """Rewards, one for each completion; None where the row has no tests. ValueError for tests that cannot be run.
+    """Rewards, one for each completion; None where the row has no tests or their asserts cannot judge the program. ValueError for
+    tests that cannot be run.
 
     `reward`: `all` (1 or 0) or `fraction`; `limits`: fields of `rewards.sandbox.limits.Limits`, of each run; `total_s`: seconds that
     all tests of a completion may take together, less than the part's `timeout_s`; `backend`: the sandbox's.
@@ -143,12 +146,13 @@ def check_tests(tests: Any) -> None:
 
 def grade(
     sandbox: Sandbox, source: str, tests: Sequence[dict[str, Any]], limits: Limits, stop_early: bool, total_s: float
-) -> tuple[float, str]:
+) -> tuple[float | None, str]:
     """The share of tests passed, 0 if none that proves anything; `stop_early`: 1 or 0. And the detail of the first failure.
 
-    What `total_s`, less what programs waited for a CPU, has no time for counts as `timeout`.
+    None where a test is unscored, except that with `stop_early` another one that fails makes it 0. What
+    `total_s`, less what programs waited for a CPU, has no time for counts as `timeout`.
     """
-    passed, proved, detail, left_s = 0, False, "", total_s
+    passed, proved, detail, unscored, left_s = 0, False, "", "", total_s
     for index, test in enumerate(tests):
         verdict = Verdict("timeout", f"the tests took more than {total_s:g} s together")
         if left_s > 0:
@@ -159,9 +163,15 @@ def grade(
             passed += 1
             proved = proved or _proves(test)
             continue
-        detail = detail or f"tests[{index}]: {verdict.name}: {verdict.said}; it wrote: {verdict.wrote!r}"
+        said = f"tests[{index}]: {verdict.name}: {verdict.said}; it wrote: {verdict.wrote!r}"
+        if verdict.name == "unscored":
+            unscored = unscored or said
+            continue
+        detail = detail or said
         if stop_early:
             return 0.0, detail
+    if unscored:
+        return None, unscored
     return (passed / len(tests) if proved else 0.0), detail
 
 
@@ -250,7 +260,7 @@ def _of_asserts(program: Ending, judged: Ending) -> Verdict:
         return Verdict("passed") if result["asserts"] else Verdict("wrong", "none of its asserts was reached", wrote)
     if verdict == "unfit":
         raise ValueError(f"tests: {said}")
-    if verdict in ("wrong", "crashed"):
+    if verdict in ("wrong", "crashed", "unscored"):
         return Verdict(verdict, said, wrote)
     # It ended early, or it kept its asserts waiting or fed them until their own limit.
     if failed := _failure(program):

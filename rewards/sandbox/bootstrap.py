@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rewards.sandbox import bubblewrap, folders, kernel, program, seccomp, view
+from rewards.sandbox import bubblewrap, folders, kernel, landlock, program, seccomp, view
 from rewards.sandbox.confine import Confinement, confine
 from rewards.sandbox.limits import Limits, SandboxError
 from rewards.sandbox.server import Server
@@ -72,6 +72,11 @@ def _prepare(control: socket.socket, backend: str, extra: list[str]) -> tuple[Co
     built = os.geteuid() == 0 and _build_as_root(paths)
     if os.geteuid() == 0:
         _become(unused_uid())
+    elif backend == "landlock" and version < landlock.TRUNCATION_SINCE:
+        raise SandboxError(
+            f"the kernel's Landlock {version} does not keep programs from emptying files of user {os.getuid()}; "
+            f"version {landlock.TRUNCATION_SINCE} (Linux 6.2) does, or start as root, which gives programs a user of their own"
+        )
     if backend != "namespaces":
         how = replace(how, folders=tempfile.mkdtemp(prefix=folders.PREFIX) if backend == "landlock" else "")
         _go_on_under_a_guard(control, how.folders)

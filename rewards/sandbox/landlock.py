@@ -18,6 +18,8 @@ WRITE = (1 << 16) - 1
 _OF_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
 _KNOWN = {1: _REFER - 1, 2: _TRUNCATE - 1, 3: _IOCTL_DEV - 1, 4: _IOCTL_DEV - 1}
 """Rights by version; from 5 on all."""
+TRUNCATION_SINCE = 3
+"""The version that keeps files from being emptied, which opening them for nothing else can do."""
 SIGNALS_SINCE = 6
 """The version that keeps signals inside."""
 

@@ -5,10 +5,10 @@ of its asserts), `asserts` (trusted text about a program in another process) and
 that it could use: a forged result is a value like any other, and what is expected of it is in another process.
 """
 
-import ast
 import atexit
 import builtins
 import json
+import operator
 import os
 import resource
 import stat
@@ -19,10 +19,33 @@ import types
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from rewards.sandbox.proxies import Program, ProgramEnded, Refused, plain_names
-from rewards.sandbox.values import Link, NotPlain, decode, encode
+from rewards.sandbox.asserts import helpers, rewritten, uncarried
+from rewards.sandbox.proxies import ARITHMETIC, ORDER, NotCarried, Program, ProgramEnded, Refused, plain_names
+from rewards.sandbox.values import STANDARD, Handle, Link, NotPlain, decode, encode
 
 RESULT_FD, CHANNEL_FD = 4, 5
+_PLAIN = (types.NoneType, bool, int, float, str, complex, bytes, bytearray, dict, list, tuple, set, frozenset)
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    name: getattr(operator, f"__{name}__")
+    for name in (
+        *ARITHMETIC,
+        *(f"i{name}" for name in ARITHMETIC),
+        *ORDER,
+        "neg",
+        "pos",
+        "invert",
+        "contains",
+        "getitem",
+        "setitem",
+        "delitem",
+    )
+}
+"""What the asserts may ask for of objects that stay in the program."""
+OPERATIONS |= {
+    function.__name__: function
+    for function in (len, iter, reversed, str, repr, int, float, abs, round, format, setattr, delattr, type, isinstance, issubclass)
+}
+OPERATIONS["has_equality"] = lambda value: type(value).__eq__ is not object.__eq__
 
 
 def run(job: dict[str, Any]) -> NoReturn:
@@ -74,23 +97,33 @@ def _find(module: types.ModuleType, name: str) -> Callable[..., Any]:
 def _serve(module: types.ModuleType, link: Link, nonce: str) -> None:
     """Answers calls until the asserts are done; what is not plain stays here under a number."""
     held: list[Any] = []
+    numbers: dict[int, int] = {}
+    flattened = False
 
     def hold(value: Any) -> int | None:
-        if isinstance(value, (types.NoneType, bool, int, float, str, complex, bytes, bytearray, dict, list, tuple, set, frozenset)):
+        nonlocal flattened
+        if isinstance(value, _PLAIN):
+            flattened = flattened or type(value) not in _PLAIN
             return None
-        if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        if type(value) in STANDARD or (type(value).__module__ == "numpy" and getattr(value, "shape", None) == ()):
             return None
-        held.append(value)
-        return len(held) - 1
+        if id(value) not in numbers:
+            numbers[id(value)] = len(held)
+            held.append(value)
+        return numbers[id(value)]
 
     def answer(request: dict[str, Any]) -> Any:
         if "names" in request:
             defined = vars(module)
             found = {name: defined[name] for name in request["names"] if name in defined}
             return {name: encode(value, hold) for name, value in found.items()}
+        if "do" in request:
+            return encode(OPERATIONS[request["do"]](*decode(request["args"], held.__getitem__)), hold)
         target = held[request["of"]]
         if "get" in request:
             return encode(getattr(target, request["get"]), hold)
+        if "next" in request:
+            return _take(target, request["next"], hold)
         arguments = decode(request["args"], held.__getitem__)
         return encode(target(*arguments, **decode(request["kwargs"], held.__getitem__)), hold)
 
@@ -100,10 +133,38 @@ def _serve(module: types.ModuleType, link: Link, nonce: str) -> None:
         except EOFError:
             os._exit(0)
         try:
-            reply: dict[str, Any] = {"value": answer(request)}
+            reply: dict[str, Any] = {"value": answer(request), "flattened": flattened}
+        except NotPlain as error:
+            reply = {"uncarried": f"{error}"}
         except Exception as error:  # noqa: BLE001 - what it raises is for its asserts to judge
-            reply = {"raised": [type(error).__name__, f"{error}"[:1000]]}
-        link.send(reply | {"nonce": nonce, "id": request["id"]})
+            reply = {"raised": _raised(error)}
+        about = {"nonce": nonce, "id": request["id"]}
+        try:
+            link.send(reply | about)
+        except NotPlain as error:
+            link.send({"uncarried": f"{error}"} | about)
+
+
+def _take(iterator: Any, count: int, hold: Handle) -> dict[str, Any]:
+    """Up to `count` items of an iterator, and how it ended if it did: `stop`, or what it raised."""
+    items: list[Any] = []
+    end: Any = None
+    if not isinstance(type(iterator).__next__, types.WrapperDescriptorType):
+        count = 1  # a class of its own: what else its object says must be as of the last item taken
+    try:
+        while len(items) < count:
+            items.append(next(iterator))
+    except StopIteration:
+        end = "stop"
+    except Exception as error:  # noqa: BLE001 - what it raises is for its asserts to judge
+        end = _raised(error)
+    return {"items": encode(items, hold), "end": end}
+
+
+def _raised(error: Exception) -> list[str]:
+    """Its class, the nearest class of that which every Python has, and what it says."""
+    builtin = next(kind for kind in type(error).__mro__ if kind.__module__ == "builtins")
+    return [type(error).__name__, builtin.__name__, f"{error}"[:1000]]
 
 
 def _check(job: dict[str, Any], program: Program) -> dict[str, Any]:
@@ -116,8 +177,8 @@ def _check(job: dict[str, Any], program: Program) -> dict[str, Any]:
 
     text = job["text"]
     try:
-        code = compile(_counting(text), "asserts", "exec")  # type: ignore[call-overload]
-        names: dict[str, Any] = {"__name__": "asserts", "__builtins__": builtins, "__cohort_passed__": count}
+        code = rewritten(text, job["names"])
+        names: dict[str, Any] = {"__name__": "asserts", "__builtins__": builtins, **helpers(count)}
         program.expect(job["nonce"])
         names |= program.names(plain_names(text, job["names"]))
         exec(code, names)
@@ -127,22 +188,14 @@ def _check(job: dict[str, Any], program: Program) -> dict[str, Any]:
         return {"verdict": "ended", "said": "it ended before its asserts did"}
     except Refused as error:
         return {"verdict": "unfit", "said": str(error)}
+    except NotCarried as error:
+        return {"verdict": "unscored", "said": f"{error} at {_line(error, text)}"}
     except NotPlain as error:
         return {"verdict": "crashed", "said": f"{error}"}
     except Exception as error:  # noqa: BLE001 - raised by the program or by the text about it; either way it is no pass
-        return {"verdict": "crashed", "said": f"{type(error).__name__}: {error} at {_line(error, text)}"[:500]}
+        verdict = "unscored" if uncarried(error, program) else "crashed"
+        return {"verdict": verdict, "said": f"{type(error).__name__}: {error} at {_line(error, text)}"[:500]}
     return {"verdict": "passed", "asserts": passed}
-
-
-class _Counter(ast.NodeTransformer):
-    def visit_Assert(self, node: ast.Assert) -> list[ast.stmt]:
-        call = ast.Expr(ast.Call(ast.Name("__cohort_passed__", ast.Load()), [], []))
-        return [node, ast.copy_location(call, node)]
-
-
-def _counting(text: str) -> ast.AST:
-    """The asserts, with a count of those that passed: text that asserts nothing proves nothing."""
-    return ast.fix_missing_locations(_Counter().visit(ast.parse(text)))
 
 
 def _line(error: BaseException, text: str) -> str:

@@ -1,23 +1,44 @@
-"""The asserts' side of a program in another process: names of the program as plain values, or as proxies that call it.
+"""The asserts' side of a program in another process: names of the program as plain values, or as proxies that ask it.
 
-A proxy can be called, asked for an attribute and handed back as an argument; compared, tested for truth or iterated it raises, since
-the answer would be the program's. What comes back is a plain value of exact builtin types. Builtins are never the program's, or a
-program with an `abs` of its own would judge itself.
+What crosses as a plain value says `rewards.sandbox.values`; everything else is held by the program, and the asserts have a proxy. What
+they do with it is done by the program, and what comes back is its word, as whatever a function returns is: calls, attributes, length,
+items, iteration, `in`, conversion to text and numbers, `isinstance` of its classes, `is`, operators and order between its objects.
+
+Its word is not taken for what would be the verdict itself. It never says that `==` holds or what is true: `==` is False where a plain
+value meets an object without an equality of its own, and refused otherwise, as are `!=`, truth and hash. Order and difference against
+a plain value are refused too, since that may be what is expected (`abs(f() - 7) < 1e-6`); other operators with one must give an object
+of its own. What is refused raises NotCarried: the limit is the judge's, so the completion is unscored, and not wrong.
+
+Builtins are never the program's, or a program with an `abs` of its own would judge itself.
 """
 
 import ast
 import builtins
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from rewards.sandbox.values import Link, NotPlain, decode, encode
 
 _LOOP_ENDS = (StopIteration, StopAsyncIteration)
 """Raised by a program, they would end a loop of its asserts as if all were well."""
+_ONE_BY_ONE, _MOST_AHEAD = 8, 256
+"""Items of an iterator are taken when they are asked for; after so many, as many ahead as were taken, up to so many."""
+ARITHMETIC = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "lshift", "rshift", "and", "or", "xor")
+ORDER = ("lt", "le", "gt", "ge")
+UNARY = ("len", "iter", "reversed", "str", "repr", "int", "float", "abs", "neg", "pos", "invert")
+_COMPARE = {"sub", "isub", *ORDER}
+_ABOUT = {"__name__", "__qualname__", "__module__", "__dict__", "__wrapped__", "__annotations__", "__cause__", "__context__"}
+"""What asserts read of a function or a class; other such names are the business of Python's own machinery."""
 
 
 class Refused(Exception):
     """The asserts hand the program what cannot cross: they are unfit, not the program."""
+
+
+class NotCarried(BaseException):
+    """The asserts use an object of the program in a way that its word cannot decide. No `except` of the asserts takes it."""
 
 
 class ProgramEnded(BaseException):
@@ -25,7 +46,17 @@ class ProgramEnded(BaseException):
 
 
 class ProgramError(Exception):
-    """The program raised something that is no builtin exception."""
+    """The program raised what cannot be made anew here."""
+
+
+@dataclass
+class _Ahead:
+    """Items that an iterator gave and the asserts have not taken."""
+
+    items: deque[Any] = field(default_factory=deque)
+    end: Any = None
+    """After them: `stop`, or what it raised."""
+    taken: int = 0
 
 
 class Program:
@@ -35,6 +66,11 @@ class Program:
         self._link = link
         self._nonce = ""
         self._asked = 0
+        self._ahead: dict[int, _Ahead] = {}
+        self.raised: list[Exception] = []
+        """What it raised itself."""
+        self.flattened = False
+        """It gave an instance of a subclass of list, dict or another plain type, of which the plain value alone crossed."""
 
     def expect(self, nonce: str) -> None:
         self._nonce = nonce
@@ -50,14 +86,54 @@ class Program:
         return Proxy(self, number)
 
     def get(self, number: int, name: str) -> Any:
-        return decode(self._ask({"of": number, "get": name}), self.proxy)
+        return decode(self._ask({"of": self._whole(number), "get": name}), self.proxy)
 
     def call(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        sent = {"args": self._sent(list(args)), "kwargs": self._sent(kwargs)}
+        return decode(self._ask({"of": self._whole(number), **sent}), self.proxy)
+
+    def do(self, operation: str, *args: Any) -> Any:
+        """What an operation of `rewards.sandbox.program.OPERATIONS` gives there."""
+        return decode(self._ask({"do": operation, "args": self._sent(list(args), NotCarried)}), self.proxy)
+
+    def reckon(self, operation: str, left: Any, right: Any) -> Any:
+        """An operator or a comparison of order; NotCarried where it may tell the program what is expected of it."""
+        alone = not (isinstance(left, Proxy) and isinstance(right, Proxy))
+        if alone and operation in _COMPARE:
+            raise NotCarried(f"the asserts compare an object of its own with a plain value ({operation})")
+        value = self.do(operation, left, right)
+        if alone and not isinstance(value, Proxy):
+            raise NotCarried(f"an operator between an object of its own and a plain value gave a plain value ({operation})")
+        return value
+
+    def next(self, number: int) -> Any:
+        ahead = self._ahead.setdefault(number, _Ahead())
+        if not ahead.items and ahead.end is None:
+            count = 1 if ahead.taken < _ONE_BY_ONE else min(ahead.taken, _MOST_AHEAD)
+            reply = self._ask({"of": number, "next": count})
+            if not isinstance(reply, dict) or reply.keys() != {"items", "end"} or not isinstance(reply["items"], list):
+                raise NotPlain("the message is no value")
+            ahead.items.extend(decode(reply["items"], self.proxy))
+            ahead.end = reply["end"]
+        if ahead.items:
+            ahead.taken += 1
+            return ahead.items.popleft()
+        end, ahead.end = ahead.end, None
+        if end == "stop":
+            raise StopIteration
+        raise self._exception(end)
+
+    def _whole(self, number: int) -> int:
+        """The number, if what it stands for is as far as the asserts believe."""
+        if number in self._ahead and (self._ahead[number].items or self._ahead[number].end is not None):
+            raise NotCarried("the asserts use an iterator of its own after items of it were taken ahead")
+        return number
+
+    def _sent(self, value: Any, limit: type[BaseException] = Refused) -> Any:
         try:
-            sent = {"args": encode(list(args), proxy_number), "kwargs": encode(kwargs, proxy_number)}
+            return encode(value, lambda item: self._whole(item._cohort_number) if isinstance(item, Proxy) else None)
         except NotPlain as error:
-            raise Refused(f"the asserts hand the program an argument that cannot cross: {error}") from None
-        return decode(self._ask({"of": number, **sent}), self.proxy)
+            raise limit(f"the asserts hand the program an argument that cannot cross: {error}") from None
 
     def _ask(self, request: dict[str, Any]) -> Any:
         self._asked += 1
@@ -68,38 +144,94 @@ class Program:
             raise ProgramEnded from None
         if not isinstance(reply, dict) or reply.get("nonce") != self._nonce or reply.get("id") != self._asked:
             raise NotPlain("it wrote what is no reply on its channel")
+        self.flattened = self.flattened or reply.get("flattened") is True
         if "raised" in reply:
-            raise _exception(reply["raised"])
+            raise self._exception(reply["raised"])
+        if "uncarried" in reply:
+            raise NotCarried(f"it gave a value that cannot cross: {reply['uncarried']}"[:300])
         return reply.get("value")
+
+    def _exception(self, raised: Any) -> Exception:
+        error = _exception(raised)
+        self.raised.append(error)
+        return error
 
 
 class Proxy:
-    """Something of the program that is not plain: a function, a class, an object."""
+    # Something of the program that is not plain: a function, a class, an object. (A docstring would be its `__doc__`.)
 
-    __slots__ = ("_number", "_program")
+    __slots__ = ("_cohort_number", "_cohort_program")
+    _cohort_number: int
+    _cohort_program: Program
+    __doc__ = property(lambda self: self._cohort_program.get(self._cohort_number, "__doc__"))
 
     def __init__(self, program: Program, number: int) -> None:
-        self._program = program
-        self._number = number
+        object.__setattr__(self, "_cohort_program", program)
+        object.__setattr__(self, "_cohort_number", number)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._program.call(self._number, args, kwargs)
+        return self._cohort_program.call(self._cohort_number, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") and name.endswith("__") and name not in _ABOUT:
             raise AttributeError(name)
-        return self._program.get(self._number, name)
+        return self._cohort_program.get(self._cohort_number, name)
 
-    def _not_plain(self, *_: Any) -> Any:
-        raise NotPlain("it gave an object of its own where the asserts use a plain value")
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._cohort_program.do("setattr", self, name, value)
 
-    __bool__ = __len__ = __iter__ = __contains__ = __getitem__ = __hash__ = _not_plain
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _not_plain
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __int__ = __float__ = __index__ = __str__ = __repr__ = _not_plain
+    def __delattr__(self, name: str) -> None:
+        self._cohort_program.do("delattr", self, name)
+
+    def __next__(self) -> Any:
+        return self._cohort_program.next(self._cohort_number)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._cohort_program.do("getitem", self, key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._cohort_program.do("setitem", self, key, value)
+
+    def __delitem__(self, key: Any) -> None:
+        self._cohort_program.do("delitem", self, key)
+
+    def __contains__(self, item: Any) -> Any:
+        return self._cohort_program.do("contains", self, item)
+
+    def __round__(self, *digits: Any) -> Any:
+        return self._cohort_program.do("round", self, *digits)
+
+    def __format__(self, spec: str) -> Any:
+        return self._cohort_program.do("format", self, spec)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Proxy) or self._cohort_program.do("has_equality", self) is not False:
+            self._refused()
+        return False
+
+    def _refused(self, *_: Any) -> Any:
+        raise NotCarried("the asserts use an object of its own for `==`, `!=`, truth, a key or a copy")
+
+    __ne__ = __bool__ = __hash__ = __index__ = __copy__ = __deepcopy__ = __reduce_ex__ = _refused
 
 
-def proxy_number(value: Any) -> int | None:
-    return value._number if type(value) is Proxy else None
+def _forward(operation: str) -> Callable[[Proxy], Any]:
+    return lambda self: self._cohort_program.do(operation, self)
+
+
+def _operator(operation: str, reflected: bool = False) -> Callable[[Proxy, Any], Any]:
+    if reflected:
+        return lambda self, other: self._cohort_program.reckon(operation, other, self)
+    return lambda self, other: self._cohort_program.reckon(operation, self, other)
+
+
+for _name in UNARY:
+    setattr(Proxy, f"__{_name}__", _forward(_name))
+for _name in (*ORDER, *ARITHMETIC):
+    setattr(Proxy, f"__{_name}__", _operator(_name))
+for _name in ARITHMETIC:
+    setattr(Proxy, f"__r{_name}__", _operator(_name, reflected=True))
+    setattr(Proxy, f"__i{_name}__", _operator(f"i{_name}"))
 
 
 def plain_names(text: str, declared: Iterable[str]) -> list[str]:
@@ -109,14 +241,14 @@ def plain_names(text: str, declared: Iterable[str]) -> list[str]:
 
 
 def _exception(raised: Any) -> Exception:
-    """The builtin exception of that name, so that asserts about exceptions work; of other classes only the text."""
-    if not isinstance(raised, list) or [type(part) for part in raised] != [str, str]:
+    """The builtin exception of that name, so that asserts about exceptions work; of other classes one of that name and base."""
+    if not isinstance(raised, list) or [type(part) for part in raised] != [str, str, str]:
         return NotPlain("it wrote what is no reply on its channel")
-    name, said = raised
-    kind = vars(builtins).get(name)
-    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, _LOOP_ENDS):
+    name, base, said = raised
+    kind = vars(builtins).get(base)
+    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, _LOOP_ENDS) and name.isidentifier():
         try:
-            return kind(said)
+            return (kind if name == base else type(name, (kind,), {}))(said)
         except TypeError:
             pass  # UnicodeDecodeError takes five arguments
     return ProgramError(f"{name}: {said}")

@@ -1,19 +1,28 @@
 """Plain values between processes that do not trust each other: exact builtin types, as JSON, rebuilt from nothing.
 
 What is read is checked and built anew, so no class, method or `__eq__` of a program comes along; pickle is not used anywhere. Integers
-beyond 53 bits are hexadecimal, which has no limit on digits. An object that is not plain may cross as a handle, a number that only
-the side that holds the object can use.
+beyond 53 bits are hexadecimal, which has no limit on digits. Of the standard library's values there cross, of these exact types and
+not of subclasses: range, slice, deque, Fraction, Decimal, date, time, datetime, timedelta, timezone; and iterators, as all that they
+give, up to MAX_ITEMS. An object that is not plain may cross as a handle, a number that only the side that holds the object can use.
 """
 
 import json
 import math
 import struct
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from fractions import Fraction
+from itertools import islice
+from types import NoneType
 from typing import Any
 
 _DEPTH = 100
 MAX_BYTES = 1 << 25
 """Of one message."""
+MAX_ITEMS = 1 << 18
+"""Of one iterator."""
 _SAFE = 1 << 53
 
 Handle = Callable[[Any], int | None]
@@ -21,6 +30,32 @@ Handle = Callable[[Any], int | None]
 
 class NotPlain(Exception):
     """A value that cannot cross. The message says which."""
+
+
+def _clock(value: time | datetime) -> tuple[Any, ...]:
+    return value.hour, value.minute, value.second, value.microsecond, value.tzinfo, value.fold
+
+
+_STANDARD: dict[str, tuple[type, Callable[[Any], tuple[Any, ...]], Callable[..., Any], tuple[type, ...]]] = {
+    "range": (range, lambda v: (v.start, v.stop, v.step), range, (int,)),
+    "slice": (slice, lambda v: (v.start, v.stop, v.step), slice, (int, NoneType)),
+    "Fraction": (Fraction, lambda v: (v.numerator, v.denominator), Fraction, (int,)),
+    "Decimal": (Decimal, lambda v: (str(v),), Decimal, (str,)),
+    "date": (date, lambda v: (v.year, v.month, v.day), date, (int,)),
+    "time": (time, _clock, lambda *parts: time(*parts[:-1], fold=parts[-1]), (int, NoneType, timezone)),
+    "datetime": (
+        datetime,
+        lambda v: (v.year, v.month, v.day, *_clock(v)),
+        lambda *parts: datetime(*parts[:-1], fold=parts[-1]),
+        (int, NoneType, timezone),
+    ),
+    "timedelta": (timedelta, lambda v: (v.days, v.seconds, v.microseconds), timedelta, (int,)),
+    "timezone": (timezone, lambda v: (v.utcoffset(None), v.tzname(None)), timezone, (timedelta, str)),
+}
+"""By tag: the exact type, its parts, what makes it of them, and the exact types that parts may have (a date would take bytes as if
+unpickled)."""
+_TAG_OF = {kind: tag for tag, (kind, *_) in _STANDARD.items()}
+STANDARD = (*_TAG_OF, deque)
 
 
 def encode(value: Any, handle: Handle = lambda _: None, depth: int = 0) -> Any:
@@ -50,6 +85,16 @@ def encode(value: Any, handle: Handle = lambda _: None, depth: int = 0) -> Any:
         if isinstance(value, kind):
             items = [encode(item, handle, depth + 1) for item in value]
             return {tag: items} if tag else items
+    if type(value) in _TAG_OF:
+        tag = _TAG_OF[type(value)]
+        return {tag: [encode(part, depth=depth + 1) for part in _STANDARD[tag][1](value)]}
+    if type(value) is deque:
+        return {"q": [[encode(item, handle, depth + 1) for item in value], value.maxlen]}
+    if isinstance(value, Iterator):
+        items = [encode(item, handle, depth + 1) for item in islice(value, MAX_ITEMS + 1)]
+        if len(items) > MAX_ITEMS:
+            raise NotPlain(f"an iterator gives more than {MAX_ITEMS} items")
+        return {"g": items}
     raise NotPlain(f"a value of type '{type(value).__name__}' is not plain")
 
 
@@ -73,7 +118,7 @@ def _decode(data: Any, handle: Callable[[int], Any] | None) -> Any:
         return handle(body)
     try:
         return _TAGS[tag](body, handle)
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         raise NotPlain("the message is no value") from None
 
 
@@ -85,6 +130,23 @@ def _items(kind: type) -> Callable[[Any, Any], Any]:
     return lambda body, handle: kind([_decode(item, handle) for item in body])
 
 
+def _deque(body: Any, handle: Any) -> deque[Any]:
+    items, maxlen = body
+    return deque([_decode(item, handle) for item in items], maxlen)
+
+
+def _standard(tag: str) -> Callable[[Any, Any], Any]:
+    _, _, make, kinds = _STANDARD[tag]
+
+    def decode_parts(body: Any, _: Any) -> Any:
+        parts = [_decode(part, None) for part in body]
+        if not all(type(part) in kinds for part in parts):
+            raise TypeError
+        return make(*parts)
+
+    return decode_parts
+
+
 _TAGS: dict[str, Callable[[Any, Any], Any]] = {
     "i": lambda body, _: int(body, 16),
     "f": lambda body, _: float(body),
@@ -94,7 +156,9 @@ _TAGS: dict[str, Callable[[Any, Any], Any]] = {
     "t": _items(tuple),
     "s": _items(set),
     "z": _items(frozenset),
-}
+    "q": _deque,
+    "g": lambda body, handle: iter([_decode(item, handle) for item in body]),
+} | {tag: _standard(tag) for tag in _STANDARD}
 
 
 def parse(text: bytes) -> Any:
