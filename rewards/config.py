@@ -13,9 +13,10 @@ from pydantic_core import InitErrorDetails
 
 from data.recipe import Place, Section, nearest
 from rewards.plugins import Plugin, find_plugin
-from rewards.registry import BUILTINS
+from rewards.registry import BUILTINS, JUDGE_REQUEST_S
 
 Bound = float | None
+PLUGIN_TIMEOUT_S = 30.0
 
 
 class PartConfig(Section):
@@ -25,12 +26,15 @@ class PartConfig(Section):
     """Factor in the weighted sum; 0 scores and logs the part and leaves it out."""
     requires: str | None = None
     """A gate: the reward function that must give 1 or more for this part to count; below, the part counts 0."""
-    timeout_s: float = Field(30.0, gt=0.0, allow_inf_nan=False)
-    """Seconds that one call, of one group, may take; then its process is killed and its completions get a failed Score."""
+    timeout_s: float | None = Field(None, gt=0.0, allow_inf_nan=False)
+    """Seconds that one call, of one group, may take; then its process is killed and its completions get a failed Score. null: 30, and
+    600 for `judge`, which stops in time by itself and fails only the completions that still have no verdict."""
     options: dict[str, Any] = {}
     """Keyword arguments for the function, beside the columns; they win over a column of the same name."""
     env: list[str] = []
-    """Environment variables that the function may see (an API key, say), by name; it sees no others but PATH, HOME and the like."""
+    """Environment variables that the function may see (an API key, say), by name. It sees no others but PATH, HOME and the like,
+    CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER, HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE, SSL_CERT_FILE, NO_PROXY, and HTTP_PROXY
+    and HTTPS_PROXY if they have no user and password: one that has is to be named here."""
     alias: str | None = None
     """What the part is called in logs, gates and routes, where its function stands more than once; null: the function's name."""
     at_once: int = Field(8, ge=1)
@@ -42,6 +46,13 @@ class PartConfig(Section):
     def key(self) -> str:
         """What the part is called."""
         return self.alias or self.name
+
+    @property
+    def limit_s(self) -> float:
+        """Seconds that one call may take."""
+        if self.timeout_s is not None:
+            return self.timeout_s
+        return BUILTINS[self.name].timeout_s if self.name in BUILTINS else PLUGIN_TIMEOUT_S
 
     @property
     def variables(self) -> list[str]:
@@ -76,7 +87,8 @@ class RewardsConfig(Section):
     max_error_rate: float = Field(0.2, ge=0.0, le=1.0)
     """A run stops with a message when a larger share of a step's scores failed."""
     workers: int | None = Field(None, ge=1)
-    """Processes for the functions that come with Cohort, and as many for each plugin source; null: the CPUs, at most 4."""
+    """Processes for the functions that come with Cohort, and as many for each plugin source; null: the CPUs, at most 4. Where all
+    functions of a source are async, as the judge is, it has one process."""
     memory_mb: int = Field(4096, ge=0)
     """Memory that a worker process may take, in MiB, beyond which it gets a MemoryError (Linux); 0: no limit."""
     normalize: Literal["none", "group"] = "none"
@@ -183,6 +195,10 @@ def _options(place: Place, part: PartConfig) -> Iterator[tuple[Place, Any, str]]
         yield (*place, "options", option), option, f"{part.name} has no option '{option}'{nearest(option, builtin.options)}"
     for option in sorted(set(builtin.required) - set(part.options)):
         yield (*place, "options"), part.options, f"{part.name} needs the option '{option}'"
+    request_s = part.options.get("request_s", JUDGE_REQUEST_S)
+    if part.name == "judge" and isinstance(request_s, int | float) and part.limit_s < request_s:
+        message = f"timeout_s {part.limit_s:g} is less than one request may take (request_s {request_s:g}); raise it, or lower request_s"
+        yield (*place, "timeout_s"), part.timeout_s, message
 
 
 def _unknown(name: str, known: set[str]) -> str:

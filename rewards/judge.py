@@ -5,7 +5,8 @@
     pairwise   against siblings of the group, each pair in both orders; the value is the share of comparisons won, a tie is half
 
 The verdict is structured output, `votes` of them are averaged to a value in [0, 1]. A verdict that cannot be read, after it was
-asked for again, fails that completion: it is not 0, and not 0.5. What the policy wrote is fenced (`rewards.judge_prompt`).
+asked for again, fails that completion: it is not 0, and not 0.5. So does one that is still missing shortly before the part's
+`timeout_s` is over; the verdicts that are there count. What the policy wrote is fenced (`rewards.judge_prompt`).
 Verdicts are cached by the hash of what was asked. The key is the environment variable that `key_env` names. A completion whose
 reasoning never ends has no answer: it gets 0 without being asked about, and meets its siblings as an empty text.
 """
@@ -20,7 +21,11 @@ from data.values import Messages
 from rewards.answers import find_golds
 from rewards.judge_client import Client, Unreadable
 from rewards.judge_prompt import PAIRWISE, RUBRIC, Question, pair_question, score_question
+from rewards.registry import JUDGE_REQUEST_S
 from rewards.text import answer_text, completion_text, per_completion
+
+SPARE_S = 5.0
+"""Left of the part's `timeout_s` for the way back; a fifth of it where that is less."""
 
 
 async def judge(
@@ -29,6 +34,7 @@ async def judge(
     group_ids: list[str],
     url: str,
     model: str,
+    timeout_s: float,
     answer: list[Any] | None = None,
     solution: list[Any] | None = None,
     prompt_texts: list[str] | None = None,
@@ -45,14 +51,16 @@ async def judge(
     requests_at_once: int = 16,
     per_second: float | None = None,
     retries: int = 5,
-    request_s: float = 60.0,
+    request_s: float = JUDGE_REQUEST_S,
     cache: str | None = None,
     **_: Any,
 ) -> list[float | Exception | None]:
     """Values in [0, 1]; an exception stands for a completion whose verdict could not be had; None where `reference` has none.
 
     `low`, `high`: the scale that the model is shown; `opponents`: siblings that each completion meets; `reasoning`: show what
-    stands before `</think>` too; `requests_at_once`, `per_second`: limits of requests in all; `cache`: a folder."""
+    stands before `</think>` too; `requests_at_once`, `per_second`: limits of requests in all; `cache`: a folder; `timeout_s`: the
+    part's, which the scorer hands over."""
+    deadline = asyncio.get_running_loop().time() + timeout_s - min(SPARE_S, timeout_s / 5)
     if mode not in ("rubric", "reference", "pairwise"):
         raise ValueError(f"judge has no mode '{mode}'; there are rubric, reference and pairwise")
     if not low < high or votes < 1:
@@ -74,7 +82,7 @@ async def judge(
         rendered = per_completion(prompt_texts, len(prompts))
         texts = [answer_text(text or "", prompt_text) for text, prompt_text in zip(texts, rendered, strict=True)]
     if mode == "pairwise":
-        return await _pairwise(client, prompts[0], [text or "" for text in texts], rubric or PAIRWISE, votes, opponents)
+        return await _pairwise(client, prompts[0], [text or "" for text in texts], rubric or PAIRWISE, votes, opponents, deadline)
     asked: list[Awaitable[float | Exception | None]] = []
     for index, text in enumerate(texts):
         golds = find_golds({"answer": answer and answer[index], "solution": solution and solution[index]})
@@ -86,7 +94,7 @@ async def judge(
             continue
         reference = golds[0] if mode == "reference" else None
         question = score_question(prompts[index], text, rubric or RUBRIC, low, high, reference)
-        asked.append(_mean_score(client, question, low, high, votes))
+        asked.append(_mean_score(client, question, low, high, votes, deadline))
     return list(await asyncio.gather(*asked))
 
 
@@ -94,8 +102,8 @@ async def _at_once(value: float | None) -> float | None:
     return value
 
 
-async def _mean_score(client: Client, question: Question, low: int, high: int, votes: int) -> float | Exception:
-    said = await asyncio.gather(*(client.ask(question, vote) for vote in range(votes)), return_exceptions=True)
+async def _mean_score(client: Client, question: Question, low: int, high: int, votes: int, deadline: float) -> float | Exception:
+    said = await asyncio.gather(*(client.ask(question, vote, deadline) for vote in range(votes)), return_exceptions=True)
     failed = next((one for one in said if isinstance(one, BaseException)), None)
     if failed is not None:
         return _expected(failed)
@@ -103,13 +111,13 @@ async def _mean_score(client: Client, question: Question, low: int, high: int, v
 
 
 async def _pairwise(
-    client: Client, prompt: str | Messages, texts: Sequence[str], rubric: str, votes: int, opponents: int
+    client: Client, prompt: str | Messages, texts: Sequence[str], rubric: str, votes: int, opponents: int, deadline: float
 ) -> list[float | Exception | None]:
     """Each completion meets the next `opponents` of the group, in a ring, in both orders."""
     count = len(texts)
     pairs = {tuple(sorted((i, (i + step) % count))) for i in range(count) for step in range(1, min(opponents, count - 1) + 1)}
     ordered = sorted({order for i, j in pairs for order in ((i, j), (j, i))})
-    asked = [client.ask(pair_question(prompt, texts[i], texts[j], rubric), vote) for i, j in ordered for vote in range(votes)]
+    asked = [client.ask(pair_question(prompt, texts[i], texts[j], rubric), vote, deadline) for i, j in ordered for vote in range(votes)]
     said = await asyncio.gather(*asked, return_exceptions=True)
     points: list[list[float]] = [[] for _ in texts]
     failed: dict[int, Exception] = {}

@@ -2,15 +2,18 @@
 
 Plugins of one file or module share processes and state, as they would in trl; two sources never do, so a plugin that breaks its
 process breaks no other function, and no builtin one. A lane starts with one process and takes more, up to its limit, while calls
-wait. A worker takes one call at a time; calls of async functions run beside it, `at_once` of each function at most. Each call has a
-time limit, from when its worker can begin it; a worker that does not answer in time, dies or writes what is no reply is killed, its
-call fails, and another takes its place. Of several calls that ran when a worker died none is blamed: each is asked again alone. All
-of it runs in the scorer's thread and never blocks.
+wait; where all functions are async one is enough, and what a function limits over its calls (a judge's requests) holds in all. A
+worker takes one call at a time; calls of async functions run beside it, `at_once` of each function at most. Each call has a time
+limit, from when its worker can begin it; a worker that does not answer in time, dies or writes what is no reply is killed, its call
+fails, and another takes its place. Of several calls that ran when a worker died none is blamed: each is asked again alone. A lane
+whose first worker cannot load its functions is broken; a later one that cannot is tried again after a pause, as calls wait, until
+FAILED_STARTS of them failed in a row and no other is left. All of it runs in the scorer's thread and never blocks.
 """
 
 import json
 import math
 import selectors
+import sys
 import threading
 import time
 from collections import deque
@@ -29,6 +32,10 @@ PREPARE_TIMEOUT_S = 1800.0
 PREFETCH = 16
 """Calls that a worker may have at hand while they are quick: a round trip on a busy machine takes longer than such a call."""
 QUICK_S = 0.005
+FAILED_STARTS = 5
+FIRST_PAUSE_S = 1.0
+"""After a worker that could not load its functions; twice as long after each further one."""
+LONGEST_PAUSE_S = 30.0
 DETAIL = "detail"
 """What a function logs by `log_extra` under this name becomes the detail of the Score, not a column."""
 
@@ -63,6 +70,17 @@ class Answer:
 
 
 @dataclass
+class _Beside:
+    """A call of an async function, which runs beside others."""
+
+    call: Call
+    ahead: int
+    """Calls that its worker, which reads one line after another, has to answer before it comes to this one."""
+    began: float
+    """When the worker could begin it; not known while some are ahead."""
+
+
+@dataclass
 class _Work:
     """What a worker has to do."""
 
@@ -70,12 +88,20 @@ class _Work:
     """One after another, in this order; it replies in the same order. None stands for the import of its functions."""
     began: float
     """When it could begin the first of them, by `time.monotonic`."""
-    beside: dict[int, tuple[Call, float]] = field(default_factory=dict)
-    """Calls of async functions that run now, by id, each with when it was sent."""
+    beside: dict[int, _Beside] = field(default_factory=dict)
+    """Calls of async functions, by id."""
 
     def running(self) -> list[tuple[Call | None, float]]:
         """What it is at now, and when that began."""
-        return [(call, self.began) for call in list(self.calls)[:1]] + list(self.beside.values())
+        return [(call, self.began) for call in list(self.calls)[:1]] + [(b.call, b.began) for b in self.beside.values() if not b.ahead]
+
+    def answered(self) -> None:
+        """It has answered the first of its calls, and is at the next line."""
+        self.calls.popleft()
+        for beside in self.beside.values():
+            if beside.ahead:
+                beside.ahead -= 1
+                beside.began = time.monotonic()
 
 
 class Lane:
@@ -111,6 +137,9 @@ class Lane:
         self._load_timeout_s = load_timeout_s
         self._pace_s = math.inf
         self._started = 0
+        self._failed_starts = 0
+        """In a row."""
+        self._next_start = 0.0
 
     def add(self, call: Call) -> None:
         """A call that waits for its turn."""
@@ -140,12 +169,13 @@ class Lane:
                 break
             self._send(worker, self._queue.popleft())
         for function, queue in self._waiting.items():
-            busy = sum(call.function == function for work in self._workers.values() for call, _ in work.beside.values())
+            busy = sum(beside.call.function == function for work in self._workers.values() for beside in work.beside.values())
             open_to = [worker for worker in loaded if not self._has_suspect(worker)]
             while queue and open_to and busy < queue[0].at_once:
                 self._send_beside(min(open_to, key=lambda worker: len(self._workers[worker].beside)), queue.popleft())
                 busy += 1
-        if (self._queue or (any(self._waiting.values()) and not self._workers)) and len(loaded) == len(self._workers) < self._limit:
+        wanted = self._queue or (any(self._waiting.values()) and not self._workers)
+        if wanted and len(loaded) == len(self._workers) < self._limit and time.monotonic() >= self._next_start:
             self.start_worker()
 
     def _is_suspect(self, call: Call | None) -> bool:
@@ -173,7 +203,8 @@ class Lane:
             return
         try:
             for reply in worker.read():
-                self._take(worker, reply)
+                if worker in self._workers:  # not lost by the reply before
+                    self._take(worker, reply)
         except WorkerLost as lost:
             self._lose(worker, "error", str(lost), worker.said())
 
@@ -206,7 +237,8 @@ class Lane:
         self._write(worker, call.line if call else self._load)
 
     def _send_beside(self, worker: WorkerProcess, call: Call) -> None:
-        self._workers[worker].beside[call.id] = (call, time.monotonic())
+        work = self._workers[worker]
+        work.beside[call.id] = _Beside(call, len(work.calls), time.monotonic())
         self._write(worker, call.line)
 
     def _write(self, worker: WorkerProcess, line: bytes) -> None:
@@ -220,27 +252,33 @@ class Lane:
     def _take(self, worker: WorkerProcess, reply: dict[str, Any]) -> None:
         work = self._workers[worker]
         try:
-            beside = work.beside.pop(reply["id"], None) if "id" in reply else None
+            beside = work.beside.get(reply["id"]) if "id" in reply else None
             if beside is not None:
-                self._finish(beside[0], _read(reply, beside[0]))
+                done = _read(reply, beside.call)
+                del work.beside[beside.call.id]
+                self._finish(beside.call, done)
                 return
             if not work.calls:
                 raise WorkerLost("its process spoke without being asked")
             call = work.calls[0]
             answer = _read(reply, call) if call else None
-            if call is None and "failed" not in reply:
+            unfit = f"{reply['failed']}: cannot be loaded: {reply['error']}" if call is None and "failed" in reply else ""
+            if call is None and not unfit:
                 self._learn(reply)
         except (KeyError, TypeError, ValueError):
             raise WorkerLost("its process wrote what is no reply on the reply pipe") from None
-        work.calls.popleft()
+        if unfit:
+            self._drop(worker)
+            self._start_failed(unfit)
+            return
+        work.answered()
         if work.calls:
             self._begin(worker)
         if call and answer:
             self._pace_s = answer.seconds if math.isinf(self._pace_s) else 0.8 * self._pace_s + 0.2 * answer.seconds
             self._finish(call, answer)
-        elif "failed" in reply:
-            self._break(f"{reply['failed']}: cannot be loaded: {reply['error']}")
         else:
+            self._failed_starts = 0
             self.loaded.set()
 
     def _learn(self, reply: dict[str, Any]) -> None:
@@ -249,14 +287,12 @@ class Lane:
         self.said = [str(line) for line in reply["said"]]
         for function in reply["async"]:
             self._waiting.setdefault(function, deque())
+        if set(self._waiting) == set(self.named):
+            self._limit = 1
 
     def _lose(self, worker: WorkerProcess, status: str, why: str, said: str, overdue: tuple[Call | None, float] | None = None) -> None:
         """Kills a worker. The call that it was at fails; those that only waited behind it go to another."""
-        for fd in (worker.replies, worker.requests):
-            if fd in self._selector.get_map():
-                self._selector.unregister(fd)
-        work = self._workers.pop(worker)
-        worker.kill()
+        work = self._drop(worker)
         running = work.running()
         if not running:
             return
@@ -264,18 +300,35 @@ class Lane:
         # One after another from now on, so that the next death has one culprit.
         suspects = [call for call, _ in running if call and (blamed is None or call is not blamed[0])]
         self._queue.extendleft(reversed([*suspects, *(call for call in list(work.calls)[1:] if call)]))
+        self.add_first([beside.call for beside in work.beside.values() if beside.ahead])
         if blamed is None:
             return
         call, began = blamed
         if call is None:
-            self._break(f"{self.name}: cannot be loaded: {why}{_last_line(said)}")
+            self._start_failed(f"{self.name}: cannot be loaded: {why}{_last_line(said)}")
         else:
             seconds = time.monotonic() - began
             self._finish(call, _failure(call, status, f"{call.function}: {why}", seconds, said))
 
-    def _break(self, why: str) -> None:
-        self.broken = why
-        self.loaded.set()
+    def _drop(self, worker: WorkerProcess) -> _Work:
+        """Kills a worker; what it had to do."""
+        for fd in (worker.replies, worker.requests):
+            if fd in self._selector.get_map():
+                self._selector.unregister(fd)
+        worker.kill()
+        return self._workers.pop(worker)
+
+    def _start_failed(self, why: str) -> None:
+        """A worker, dropped by now, did not come to load its functions."""
+        self._failed_starts += 1
+        others = any(None not in work.calls for work in self._workers.values())
+        if not self.loaded.is_set() or (self._failed_starts >= FAILED_STARTS and not others):
+            self.broken = why
+            self.loaded.set()
+            return
+        pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (self._failed_starts - 1))
+        self._next_start = time.monotonic() + pause_s
+        print(f"rewards: {why}; the next worker starts in {pause_s:g} s at the earliest", file=sys.stderr, flush=True)
 
 
 def _failure(call: Call, status: Any, detail: str, seconds: float, traceback: str = "") -> Answer:

@@ -1,7 +1,8 @@
 """A worker process as the trainer sees it: started clean, asked by one pipe, answered by another, killed with all it started.
 
 It is a fresh interpreter, never a fork of a process that holds torch and threads. Its environment is cleaned: a reward function
-sees the variables that its recipe names, and what any program needs. Neither reading nor writing ever waits for it.
+sees the variables that its recipe names, and what any program needs: where things lie, which GPUs are this job's, the Hugging Face
+cache, certificates, and proxies, but no proxy whose URL has a user and password. Neither reading nor writing ever waits for it.
 """
 
 import json
@@ -16,7 +17,12 @@ from pathlib import Path
 from typing import Any
 
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from rewards.worker import main; main(*map(int, sys.argv[2:]))"
-_KEPT = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH")
+_KEPT = (
+    "PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER",
+    "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "SSL_CERT_FILE", "NO_PROXY", "no_proxy",
+)  # fmt: skip
+_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
+"""Kept as well, but where one has a user and password."""
 _TAIL = 4000
 """Bytes of the log that a failure shows."""
 
@@ -124,6 +130,7 @@ class WorkerProcess:
 
 
 def _clean_environment(names: Sequence[str]) -> Mapping[str, str]:
-    env = {name: os.environ[name] for name in (*_KEPT, *names) if name in os.environ}
+    open_proxies = [name for name in _PROXIES if "@" not in os.environ.get(name, "")]
+    env = {name: os.environ[name] for name in (*_KEPT, *open_proxies, *names) if name in os.environ}
     # The order of a set must not differ between two runs; one thread each, as several run beside the learner.
     return env | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}

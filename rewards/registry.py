@@ -24,11 +24,19 @@ class Builtin:
     """Its module's `prepare` is called with the options when a worker starts; it may return a line for the user."""
     one_process: bool = False
     """It has one worker process, as each would load its model."""
+    timeout_s: float = 30.0
+    """The part's `timeout_s`, where a recipe gives none."""
+    told_timeout: bool = False
+    """Its function gets the part's `timeout_s`, and returns what it has before then."""
     gold: tuple[str, ...] = ()
     """Columns of which a row has to have one; without, it cannot be judged."""
 
 
 GOLD = ("answer", "solution")
+JUDGE_REQUEST_S = 60.0
+"""Default of the judge's `request_s`; here, as a recipe is checked against it."""
+JUDGE_TIMEOUT_S = 600.0
+"""Six requests of a minute each, and five waits of half a minute between them, are 510 s."""
 JUDGE = (
     "url", "model", "mode", "rubric", "low", "high", "votes", "opponents", "reasoning", "temperature", "max_tokens", "key_env",
     "requests_at_once", "per_second", "retries", "request_s", "cache",
@@ -46,7 +54,7 @@ BUILTINS = {
     "countdown": Builtin("rewards.countdown", ("use_all",)),
     "exact_text": Builtin("rewards.exact_text", ("ignore_case",), gold=GOLD),
     "instruction_constraints": Builtin("rewards.instruction_constraints", ("all_or_nothing",)),
-    "judge": Builtin("rewards.judge", JUDGE, required=("url", "model"), alone=True),
+    "judge": Builtin("rewards.judge", JUDGE, required=("url", "model"), alone=True, timeout_s=JUDGE_TIMEOUT_S, told_timeout=True),
     "json_schema": Builtin("rewards.json_schema", ("schema",)),
     "language_consistency": Builtin("rewards.language_consistency", ("language", "answer_too")),
     "length": Builtin("rewards.length", ("kind", "max_tokens", "buffer", "right", "wrong", "judge")),

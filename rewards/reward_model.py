@@ -3,7 +3,8 @@
 A prompt of chat messages goes through the model's own chat template, with the completion as the assistant's message; a text
 prompt is followed by the completion as it stands. Texts are sorted by length and go in batches of `batch_tokens`, padding
 included. The model is loaded once, when the worker starts; `engine: vllm` loads it as a pooling model of vLLM, and both give the
-same logits. A text longer than the model reads fails: a score of half a completion is no score.
+same logits. A text longer than the model reads fails: a score of half a completion is no score. `device: cuda:1` is the second of
+the GPUs that this run may see (CUDA_VISIBLE_DEVICES), with either engine; vLLM takes the first one, or the CPU, without.
 
 The part's `timeout_s` is for one group. Weights count against `rewards.memory_mb`; set that to 0 for a large model.
 """
@@ -36,7 +37,7 @@ def prepare(
     if engine == "vllm":
         from rewards.reward_model_vllm import VllmHead  # the home of vLLM in this package
 
-        _loaded[model] = VllmHead(model, revision, dtype, max_length, engine_options)
+        _loaded[model] = VllmHead(model, revision, device, dtype, max_length, engine_options)
     elif engine == "transformers":
         _loaded[model] = TransformersHead(model, revision, device, dtype, max_length, batch_tokens)
     else:
@@ -57,7 +58,7 @@ def reward_model(
     gpu_memory_utilization: float | None = None,
     **_: Any,
 ) -> list[float | Exception | None]:
-    """Logits, one for each completion; `device` and `batch_tokens` are for transformers, `gpu_memory_utilization` for vLLM."""
+    """Logits, one for each completion; `batch_tokens` is for transformers, `gpu_memory_utilization` for vLLM."""
     head = _loaded[model]
     rendered = zip(prompts, per_completion(prompt_texts, len(prompts)), completions, strict=True)
     ids = [head.token_ids(prompt, prompt_text, completion_text(completion)) for prompt, prompt_text, completion in rendered]

@@ -8,12 +8,25 @@ from data.values import Messages
 from rewards.reward_model import render
 
 
-class VllmHead:
-    """The model by vLLM; `options` go to its engine."""
+def visible_gpu(device: str, seen: str | None) -> str:
+    """CUDA_VISIBLE_DEVICES for `cuda:N` alone, where `seen` is its value so far, None if it is not set. ValueError without such a GPU."""
+    index = int(device.removeprefix("cuda:"))
+    if seen is None:
+        return str(index)
+    names = seen.split(",") if seen else []
+    if index >= len(names):
+        raise ValueError(f"reward_model: device {device} is not there: CUDA_VISIBLE_DEVICES is '{seen}'")
+    return names[index]
 
-    def __init__(self, model: str, revision: str | None, dtype: str, max_length: int | None, options: dict[str, Any]) -> None:
-        # vLLM reads both when it is imported. The worker is a process of its own already, and is killed as one; and on CPU vLLM
-        # would take half of the machine for its cache, beside the learner.
+
+class VllmHead:
+    """The model by vLLM, on the GPU that `device` names as `cuda:N`, else where vLLM puts it; `options` go to its engine."""
+
+    def __init__(self, model: str, revision: str | None, device: str, dtype: str, max_length: int | None, options: dict[str, Any]) -> None:
+        # vLLM reads all three when it is imported. The worker is a process of its own already, and is killed as one; and on CPU
+        # vLLM would take half of the machine for its cache, beside the learner.
+        if device.startswith("cuda:"):
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpu(device, os.environ.get("CUDA_VISIBLE_DEVICES"))
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
         from vllm import LLM, PoolingParams

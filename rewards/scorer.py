@@ -214,7 +214,7 @@ class Scorer:
                         "name": name,
                         "source": f.source,
                         "function": f.function,
-                        "options": parts[name].options,
+                        "options": _options(f, parts[name]),
                         "prepares": _prepares(f),
                     }
                     for name, f in functions.items()
@@ -233,7 +233,7 @@ class Scorer:
         call_id = next(self._ids)
         line = request_line(job, call_id, name, indices, named)
         part = self._config.part(name)
-        return Call(call_id, name, number, indices, line, part.timeout_s, part.at_once)
+        return Call(call_id, name, number, indices, line, part.limit_s, part.at_once)
 
     def _account(self, group: _Group) -> list[Score]:
         for name, seconds in group.seconds.items():
@@ -317,6 +317,11 @@ def means_of_logged(logged: Iterable[tuple[str, float]]) -> dict[str, float]:
     for name, value in logged:
         values[name].append(value)
     return {name: math.fsum(values[name]) / len(values[name]) for name in sorted(values)}
+
+
+def _options(function: Plugin, part: PartConfig) -> dict[str, Any]:
+    told = function.name in BUILTINS and BUILTINS[function.name].told_timeout
+    return part.options | ({"timeout_s": part.limit_s} if told else {})
 
 
 def _prepares(function: Plugin) -> bool:

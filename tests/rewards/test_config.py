@@ -8,6 +8,7 @@ import pytest
 
 from data.recipe import InputError, Section, parse
 from rewards.config import RewardsConfig
+from rewards.versions import reward_versions
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -93,9 +94,41 @@ def test_a_mistake_is_one_line_with_its_place_and_the_way_out(folder, rewards, l
     assert said.startswith(line) and "\n" not in said
 
 
+def test_a_judge_has_time_for_its_retries_unless_told_and_no_less_than_a_request_takes():
+    options = {"url": "http://127.0.0.1/v1", "model": "m"}
+    config = RewardsConfig.model_validate({"parts": [PART, {"name": "judge", "options": options}]})
+    assert [part.limit_s for part in config.parts] == [30.0, 600.0]
+    waits = 5 * 30.0  # five retries, each after the half minute that a busy server asks for
+    assert config.parts[1].limit_s >= 6 * 60.0 + waits
+    assert mistake({"parts": [{"name": "judge", "timeout_s": 30, "options": options}]}) == (
+        "x.yaml: rewards.parts[0].timeout_s: timeout_s 30 is less than one request may take (request_s 60); raise it, or lower request_s"
+    )
+    RewardsConfig.model_validate({"parts": [{"name": "judge", "timeout_s": 30.0, "options": {**options, "request_s": 20.0}}]})
+
+
 def test_a_plugin_is_checked_without_being_run(folder):
     config = RewardsConfig.model_validate({"plugins": ["./mine.py:brevity"], "parts": [{"name": "brevity"}]})
     assert config.functions()["brevity"].source == "./mine.py"
+
+
+@pytest.mark.parametrize("later", ["brevity = adapt(brevity)", "from elsewhere import brevity", "if adapt:\n    brevity = adapt(brevity)"])
+def test_a_function_whose_name_is_bound_again_is_judged_when_it_is_loaded(folder, later):
+    Path("adapted.py").write_text(f"def brevity(text):\n    return len(text)\n{later}\n")
+    RewardsConfig.model_validate({"plugins": ["./adapted.py:brevity"], "parts": [{"name": "brevity"}]})
+    Path("adapted.py").write_text("def brevity(text):\n    return len(text)\n")
+    assert "brevity takes no **kwargs" in mistake({"plugins": ["./adapted.py:brevity"], "parts": [{"name": "brevity"}]})
+
+
+def test_an_optional_import_of_what_is_not_there_is_no_part_of_a_version(folder):
+    Path("guarded.py").write_text(
+        "import data.recipe\ntry:\n    from data.tables import X\nexcept ImportError:\n    X = None\ndef brevity(**kwargs): ...\n"
+    )
+    config = RewardsConfig.model_validate({"plugins": ["./guarded.py:brevity"], "parts": [{"name": "brevity"}]})
+    version = reward_versions(config)["brevity"]
+    assert len(version) == 12
+    Path("guarded.py").unlink()
+    with pytest.raises(ValueError, match=r"no file '\./guarded\.py'"):
+        reward_versions(config)
 
 
 def test_a_function_stands_twice_under_an_alias_and_a_route_chooses_parts():

@@ -2,11 +2,13 @@
 cache.
 """
 
+import asyncio
 import json
 import re
 import threading
 import time
 from collections.abc import Callable
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -14,6 +16,7 @@ import pytest
 from data.recipe import InputError
 from rewards.config import RewardsConfig
 from rewards.job import ScoreJob
+from rewards.judge_client import Client, Unreachable
 from rewards.judge_prompt import escaped, score_question
 from rewards.scorer import Scorer
 
@@ -68,8 +71,8 @@ def endpoint():
     made.server.shutdown()
 
 
-def scores_of(endpoint: Endpoint, completions: list[str], jobs: int = 1, columns=None, **options):
-    part = {"name": "judge", "options": {"url": endpoint.url, "model": "m", **options}}
+def scores_of(endpoint: Endpoint, completions: list[str], jobs: int = 1, columns=None, timeout_s=None, **options):
+    part = {"name": "judge", "timeout_s": timeout_s, "options": {"url": endpoint.url, "model": "m", **options}}
     config = RewardsConfig.model_validate({"parts": [part]})
     with Scorer(config) as scorer:
         job = ScoreJob("g", "What is 2+2?", "", completions, [[0]] * len(completions), columns or {})
@@ -143,6 +146,69 @@ def test_busy_servers_are_asked_again_and_refusals_are_not(endpoint):
     (score,) = scores_of(endpoint, ["four"])
     assert score.status == "error" and "answered 401: no such key" in score.detail
     assert len(endpoint.bodies) == 4
+
+
+def test_whatever_a_server_is_down_by_is_asked_again_but_not_what_it_cannot_do(endpoint):
+    said = iter([(520, "of a proxy", {}), {"reasoning": "r", "score": 10}, (501, "never", {})])
+    endpoint.answer = lambda body: next(said)
+    assert scores_of(endpoint, ["four"])[0].value == 1.0
+    assert "answered 501: never" in scores_of(endpoint, ["five"])[0].detail
+    assert len(endpoint.bodies) == 3
+
+
+def test_a_date_to_ask_again_at_is_waited_for(endpoint):
+    def at_first_busy(body: dict) -> object:
+        due = formatdate(time.time() + 2.0, usegmt=True)  # in whole seconds
+        return (503, "later", {"retry-after": due}) if len(endpoint.bodies) == 1 else {"reasoning": "r", "score": 10}
+
+    endpoint.answer = at_first_busy
+    assert scores_of(endpoint, ["four"])[0].value == 1.0
+    assert 0.99 <= endpoint.times[1] - endpoint.times[0] < 5.0
+
+
+@pytest.mark.parametrize("after", ["30", formatdate(time.time() + 3600.0, usegmt=True)], ids=["seconds", "date"])
+def test_a_server_that_wants_more_time_than_there_is_fails_that_completion_alone_and_at_once(endpoint, after):
+    busy = (429, "slow down", {"retry-after": after})
+    endpoint.answer = lambda body: busy if "five" in body["messages"][1]["content"] else {"reasoning": "r", "score": 10}
+    began = time.monotonic()
+    four, five = scores_of(endpoint, ["four", "five"], timeout_s=20.0, request_s=10.0)
+    assert (four.value, four.status) == (1.0, "ok")
+    assert (five.value, five.status) == (None, "error")
+    assert five.detail.endswith("answered 429: slow down; timeout_s leaves no time to ask again")
+    assert len(endpoint.bodies) == 2 and time.monotonic() - began < 15.0
+
+
+def test_verdicts_that_came_in_time_count_and_those_that_did_not_are_no_zeros(endpoint):
+    def slow_about_five(body: dict) -> dict:
+        time.sleep(10.0 if "five" in body["messages"][1]["content"] else 0.0)
+        return {"reasoning": "r", "score": 10}
+
+    endpoint.answer = slow_about_five
+    four, five = scores_of(endpoint, ["four", "five"], timeout_s=3.0, request_s=3.0)
+    assert (four.value, four.status) == (1.0, "ok")
+    assert (five.value, five.status) == (None, "error") and "answered nothing; timeout_s leaves no time" in five.detail
+
+
+def test_who_would_wait_for_the_rate_too_long_is_given_up_and_takes_no_place_in_it(endpoint):
+    client = Client(endpoint.url, "m", 0.0, 10, None, at_once=16, per_second=2.0, retries=0, request_s=5.0, cache=None)
+
+    async def ask() -> list[object]:
+        now = asyncio.get_running_loop().time()
+        questions = [score_question("q", f"answer {n}", "r", 1, 10, None) for n in range(7)]
+        said = await asyncio.gather(*(client.ask(q, 0, now + 0.9) for q in questions[:6]), return_exceptions=True)
+        return [*said, await client.ask(questions[6], 0, now + 30.0)]
+
+    said = asyncio.run(ask())
+    assert [isinstance(one, Unreachable) for one in said] == [False, False, True, True, True, True, False]  # at 0 and at 0.5 s
+    assert endpoint.times[2] - endpoint.times[0] < 2.5  # at 1 s, not at 3
+
+
+def test_a_judge_on_this_machine_is_not_asked_through_a_proxy(endpoint, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert scores_of(endpoint, ["four"], retries=0)[0].value == 1.0
 
 
 def test_a_dead_endpoint_is_an_error(endpoint):

@@ -8,9 +8,11 @@ import torch
 from policies import EOS, PAD, character_tokenizer
 from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
+from data.recipe import InputError
 from rewards.config import RewardsConfig
 from rewards.job import ScoreJob
 from rewards.reward_model import TransformersHead, batches
+from rewards.reward_model_vllm import visible_gpu
 from rewards.scorer import Scorer
 
 CHAT = "{% for m in messages %}{{ m['role'][0] | upper }}{{ m['content'] }}{% endfor %}"
@@ -71,6 +73,42 @@ def test_a_worker_gives_the_logits_and_fails_what_is_too_long(head):
     assert [score.value for score in scores[:4]] == pytest.approx(expected(head, ["2>2;" + text for text in TEXTS[:4]]), abs=1e-5)
     assert scores[4].status == "error" and scores[4].detail == "reward_model: TooLong: 44 tokens, and the model reads 20"
     assert [score.value for score in chat[:4]] == pytest.approx(expected(head, ["U2>2;A" + text for text in TEXTS[:4]]), abs=1e-5)
+
+
+VLLM = """
+import os
+from types import SimpleNamespace
+
+seen = float(os.environ["CUDA_VISIBLE_DEVICES"])  # as vLLM, which reads it when it is imported
+
+class PoolingParams:
+    def __init__(self, use_activation): ...
+
+class LLM:
+    llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=100))
+
+    def __init__(self, **options): ...
+
+    def get_tokenizer(self):
+        return lambda text, add_special_tokens: {"input_ids": [0] * len(text)}
+
+    def classify(self, texts, **options):
+        return [SimpleNamespace(outputs=SimpleNamespace(probs=[seen])) for _ in texts]
+"""
+
+
+def test_vllm_sees_the_gpu_that_was_chosen_of_those_that_the_run_may_see(tmp_path, monkeypatch):
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text(VLLM)
+    (tmp_path / "vllm" / "inputs.py").write_text("TokensPrompt = dict\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    for device, gpu in {"cuda:1": 7.0, "cuda:0": 4.0}.items():
+        (scores,) = scores_of(tmp_path, ["2>2;"], engine="vllm", device=device)
+        assert [score.value for score in scores] == [gpu] * len(TEXTS)
+    with pytest.raises(InputError, match="device cuda:2 is not there: CUDA_VISIBLE_DEVICES is '4,7'"):
+        scores_of(tmp_path, ["2>2;"], engine="vllm", device="cuda:2")
+    assert visible_gpu("cuda:3", None) == "3"
 
 
 @pytest.mark.slow

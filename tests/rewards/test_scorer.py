@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import os
 import signal
 import subprocess
@@ -214,6 +215,27 @@ def test_the_environment_is_cleaned_except_for_what_the_recipe_names(plugin, mon
         Scorer(config([{"name": "sees", "env": ["JUDGE_KEY"]}], [path + ":sees"])).start()
 
 
+def test_gpus_caches_and_certificates_are_seen_and_proxies_without_a_password(plugin, monkeypatch):
+    kept = {
+        "CUDA_VISIBLE_DEVICES": "3", "HF_HOME": "/h", "HF_HUB_CACHE": "/c", "HF_HUB_OFFLINE": "1", "SSL_CERT_FILE": "/s",
+        "NO_PROXY": "inside", "HTTP_PROXY": "http://proxy:3128", "https_proxy": "http://proxy:3128",
+    }  # fmt: skip
+    for name, value in {**kept, "HTTPS_PROXY": "http://me:secret@proxy:3128", "HF_TOKEN": "t"}.items():
+        monkeypatch.setenv(name, value)
+    path = plugin("""
+        import json, os
+        def sees(completions, log_extra, **kwargs):
+            log_extra("environment", [json.dumps(dict(os.environ))])
+            return [1.0]
+    """)
+    for named in ([], ["HTTPS_PROXY"]):
+        with Scorer(config([{"name": "sees", "env": named}], [path + ":sees"])) as scorer:
+            scorer.score([job(["a"])])
+            seen = json.loads(scorer.extras(0)["environment"][0])
+        assert seen.items() >= kept.items() and "HF_TOKEN" not in seen
+        assert ("HTTPS_PROXY" in seen) == bool(named)
+
+
 def test_options_are_keyword_arguments_of_the_function(plugin):
     path = plugin("""
         def brevity(completions, target=1, **kwargs):
@@ -267,6 +289,115 @@ def test_of_async_calls_only_the_culprit_fails(plugin):
     assert [scores[i].status for i in (1, 3, 5)] == ["error", "timeout", "error"]
     assert scores[1].detail == "slow: its process was killed by SIGKILL"
     assert scores[0].detail == "quick: said a"
+
+
+def test_a_source_of_async_functions_has_one_worker_and_suspects_run_one_after_another(plugin, tmp_path):
+    path = plugin("""
+        import asyncio, os, signal
+        async def slow(completions, **kwargs):
+            await asyncio.sleep(0.3)
+            if completions == ["die"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return [1.0]
+    """)
+    with Scorer(config([{"name": "slow"}], [path + ":slow"]), tmp_path) as scorer:
+        scores = [scores[0] for scores in scorer.score([job([text]) for text in ["a", "die", "b", "c", "d"]])]
+    assert values(scores) == [1.0, None, 1.0, 1.0, 1.0]
+    assert len(list(tmp_path.glob("*.log"))) == 3  # all at once, until the death; then up to the culprit; then the rest
+
+
+BESIDE = """
+    import asyncio, time
+
+    def busy(completions, **kwargs):
+        time.sleep(600 if "hang" in completions[0] else 1.5)
+        return [1.0]
+
+    async def waits(completions, **kwargs):
+        await asyncio.sleep(600 if "forever" in completions[0] else 0.0)
+        return [10.0]
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a", {"busy": 1.0, "waits": 10.0}),
+        ("forever", {"busy": 1.0, "waits": None}),
+        ("hang", {"busy": None, "waits": 10.0}),
+    ],
+)
+def test_the_time_of_an_async_call_begins_when_its_worker_can_begin_it(plugin, text, parts):
+    path = plugin(BESIDE)
+    both = [{"name": "busy", "timeout_s": 3.0}, {"name": "waits", "timeout_s": 1.0}]
+    with Scorer(config(both, [path + ":busy", path + ":waits"], workers=1)) as scorer:
+        began = time.monotonic()
+        ((score,),) = scorer.score([job([text])])
+        seconds = time.monotonic() - began
+    assert score.parts == parts
+    assert score.status == ("ok" if text == "a" else "timeout")
+    assert text != "forever" or seconds >= 2.4
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_a_reply_that_is_none_fails_the_call_that_it_names(plugin, kind):
+    path = plugin(f"""
+        import os
+        {kind} forges(completions, **kwargs):
+            for fd in range(3, 100):
+                try:
+                    os.write(fd, b'{{"id": 1}}' + bytes([10]))
+                except OSError:
+                    pass
+            return [1.0]
+    """)
+    with Scorer(config([{"name": "forges"}], [path + ":forges"])) as scorer:
+        scorer.submit(0, job(["a"]))
+        ((_, (score,)),) = scorer.poll(20.0)
+    assert score.detail == "forges: its process wrote what is no reply on the reply pipe"
+
+
+STARTS = """
+    import os, signal, time
+    from pathlib import Path
+
+    started = Path(__file__).with_name("started")
+    started.write_text(started.read_text() + "x" if started.exists() else "x")
+    if len(started.read_text()) in FAILING:
+        ENDING
+
+    def slow(completions, **kwargs):
+        time.sleep(0.4)
+        if completions == ["die"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [1.0]
+"""
+
+
+@pytest.mark.parametrize("ending", ["raise RuntimeError('too full')", "os._exit(3)"])
+def test_a_further_worker_that_fails_to_start_is_dropped_and_tried_again(plugin, monkeypatch, capsys, ending):
+    monkeypatch.setattr("rewards.lane.FIRST_PAUSE_S", 0.1)
+    path = plugin(STARTS.replace("FAILING", "(2, 4)").replace("ENDING", ending))
+    with Scorer(config([{"name": "slow"}], [path + ":slow"])) as scorer:
+        extra = scorer.score([job(["a"])] * 8)
+        replaced = scorer.score([job([text]) for text in ("die", "b", "die", "c", "d", "e")])
+    assert [scores[0].value for scores in extra] == [1.0] * 8
+    assert [scores[0].value for scores in replaced] == [None, 1.0, None, 1.0, 1.0, 1.0]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert all(line.startswith("rewards: ") and line.endswith("; the next worker starts in 0.1 s at the earliest") for line in said)
+
+
+def test_a_source_is_given_up_when_no_worker_is_left_and_several_starts_failed_in_a_row(plugin, monkeypatch, capsys):
+    monkeypatch.setattr("rewards.lane.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("rewards.lane.FAILED_STARTS", 3)
+    path = plugin(STARTS.replace("FAILING", "(2, 3, 4)").replace("ENDING", "raise RuntimeError('gone')"))
+    with Scorer(config([{"name": "slow"}], [path + ":slow"], workers=1)) as scorer:
+        scores = [scores[0] for scores in scorer.score([job([text]) for text in ("a", "die", "b", "c")])]
+    assert values(scores) == [1.0, None, None, None]
+    assert scores[1].detail == "slow: its process was killed by SIGKILL"
+    assert [score.detail for score in scores[2:]] == ["slow: slow: cannot be loaded: RuntimeError: gone (mine.py:8)"] * 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 def test_routes_aliases_shadows_and_normalisation_reach_the_scores(plugin):
