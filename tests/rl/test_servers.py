@@ -493,13 +493,18 @@ def test_a_server_has_one_learner_at_a_time_until_that_is_gone(servers, folder: 
     (first,), (second,) = (engines_of(there.rollout(), folder / "p0", tmp_path) for _ in range(2))
     assert isinstance(first, RemoteEngine)
     session = decode(post(there.urls[0], "/connect", encode(first.hello)).content).session
-    with socket.create_connection(tuple(there.up[0].server_address[:2])) as asking:  # as the first learner does all the time
-        body = encode([session, 1000])
-        asking.sendall(f"POST /events HTTP/1.1\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    body = encode([session, 1000])
+    ask = f"POST /events HTTP/1.1\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    place = tuple(there.up[0].server_address[:2])
+    with socket.create_connection(place) as asking:  # as the first learner does all the time
+        asking.sendall(ask)
         with pytest.raises(InputError, match=rf"samples for process {psutil.Process().pid} on .* now, and for one learner at a time"):
             second.start(SimpleQueue())
         assert f"process {psutil.Process().pid} on" in httpx.get(f"{there.urls[0]}/health", trust_env=False).json()["owner"]
-    # Its process died: the kernel closed the connection, and nobody said goodbye.
+    # Its process died while it asked: the kernel closed the connection, and nobody said goodbye.
+    with socket.create_connection(place) as asking:
+        asking.sendall(ask)
+        time.sleep(0.5)
     monkeypatch.setattr(rl.engines.remote, "FIRST_s", 10.0)
     began = time.monotonic()
     second.start(SimpleQueue())
