@@ -7,14 +7,17 @@ are meant.
 
 import ast
 import types
+from collections import deque
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
-from rewards.sandbox.proxies import NotCarried, Program, Proxy
+from rewards.sandbox.proxies import NotCarried, Program, Proxy, said
 from rewards.sandbox.values import STANDARD
 
 _PLAIN = (bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset, types.NoneType, *STANDARD)
 """Their instances cross as plain values, so that no object which did not is one."""
+_MUTABLE = (list, dict, set, bytearray, deque)
 _PASSED, _SAME, _PREFIX = "__cohort_passed__", "__cohort_same__", "__cohort_{}__"
 _ASKED = ("type", "isinstance", "issubclass")
 
@@ -24,9 +27,9 @@ def rewritten(text: str, declared: Collection[str]) -> Any:
     return compile(ast.fix_missing_locations(_Rewriter(set(_ASKED) - set(declared)).visit(ast.parse(text))), "asserts", "exec")
 
 
-def helpers(passed: Callable[[], None]) -> dict[str, Any]:
+def helpers(passed: Callable[[], None], program: Program) -> dict[str, Any]:
     """The names that rewritten text needs."""
-    asked = {"type": _type, "isinstance": _isinstance, "issubclass": _issubclass}
+    asked = {"type": _type, "isinstance": partial(_isinstance, program), "issubclass": _issubclass}
     return {_PASSED: passed, _SAME: _same} | {_PREFIX.format(name): function for name, function in asked.items()}
 
 
@@ -34,11 +37,11 @@ def uncarried(error: Exception, program: Program) -> bool:
     """Whether what Python raised about the asserts comes of what a proxy or a plain value cannot be, and not of the program."""
     if any(error is raised for raised in program.raised):
         return False
-    said = str(error)
     if isinstance(error, TypeError):
         # The second is `except` with a class of the program.
-        return "Proxy" in said or ("catching classes" in said and any(error.__context__ is raised for raised in program.raised))
-    return isinstance(error, AttributeError) and program.flattened
+        text = said(error)
+        return "Proxy" in text or ("catching classes" in text and any(error.__context__ is raised for raised in program.raised))
+    return isinstance(error, AttributeError | KeyError) and program.flattened
 
 
 class _Rewriter(ast.NodeTransformer):
@@ -76,6 +79,8 @@ def _call(name: str, *args: ast.expr) -> ast.Call:
 def _same(left: Any, right: Any) -> bool:
     if isinstance(left, Proxy) and isinstance(right, Proxy):
         return left._cohort_number == right._cohort_number
+    if left is not right and type(left) is type(right) and type(left) in _MUTABLE and left == right:
+        raise NotCarried("the asserts ask whether two containers are one, and copies of both crossed")
     return left is right
 
 
@@ -85,7 +90,7 @@ def _type(*args: Any, **kwargs: Any) -> Any:
     return type(*args, **kwargs)
 
 
-def _isinstance(value: Any, kinds: Any) -> bool:
+def _isinstance(program: Program, value: Any, kinds: Any) -> bool:
     for kind in _flat(kinds):
         if isinstance(kind, Proxy):
             found = kind._cohort_program.do("isinstance", value, kind) is True
@@ -95,6 +100,8 @@ def _isinstance(value: Any, kinds: Any) -> bool:
             found = isinstance(value, kind)
         if found:
             return True
+    if program.flattened and not isinstance(value, Proxy):
+        raise NotCarried("the asserts ask for the class of a value of which the plain value alone crossed")
     return False
 
 

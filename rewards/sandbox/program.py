@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from rewards.sandbox.asserts import helpers, rewritten, uncarried
-from rewards.sandbox.proxies import ARITHMETIC, ORDER, NotCarried, Program, ProgramEnded, Refused, plain_names
+from rewards.sandbox.proxies import ARITHMETIC, ORDER, NotCarried, Program, ProgramEnded, Refused, modules, plain_names, said
 from rewards.sandbox.values import STANDARD, Handle, Link, NotPlain, decode, encode
 
 RESULT_FD, CHANNEL_FD = 4, 5
@@ -34,7 +34,6 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
         "neg",
         "pos",
         "invert",
-        "contains",
         "getitem",
         "setitem",
         "delitem",
@@ -178,12 +177,12 @@ def _check(job: dict[str, Any], program: Program) -> dict[str, Any]:
     text = job["text"]
     try:
         code = rewritten(text, job["names"])
-        names: dict[str, Any] = {"__name__": "asserts", "__builtins__": builtins, **helpers(count)}
+        names: dict[str, Any] = {"__name__": "asserts", "__builtins__": builtins, **helpers(count, program)}
         program.expect(job["nonce"])
-        names |= program.names(plain_names(text, job["names"]))
+        names |= modules(text, job["names"]) | program.names(plain_names(text, job["names"]))
         exec(code, names)
     except AssertionError as error:
-        return {"verdict": "wrong", "said": f"{_line(error, text)}{f' ({error})' if str(error) else ''}"}
+        return {"verdict": "wrong", "said": f"{_line(error, text)}{f' ({said(error)})' if said(error) else ''}"}
     except ProgramEnded:
         return {"verdict": "ended", "said": "it ended before its asserts did"}
     except Refused as error:
@@ -194,7 +193,7 @@ def _check(job: dict[str, Any], program: Program) -> dict[str, Any]:
         return {"verdict": "crashed", "said": f"{error}"}
     except Exception as error:  # noqa: BLE001 - raised by the program or by the text about it; either way it is no pass
         verdict = "unscored" if uncarried(error, program) else "crashed"
-        return {"verdict": verdict, "said": f"{type(error).__name__}: {error} at {_line(error, text)}"[:500]}
+        return {"verdict": verdict, "said": f"{type(error).__name__}: {said(error)} at {_line(error, text)}"[:500]}
     return {"verdict": "passed", "asserts": passed}
 
 

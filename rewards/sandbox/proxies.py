@@ -2,14 +2,17 @@
 
 What crosses as a plain value says `rewards.sandbox.values`; everything else is held by the program, and the asserts have a proxy. What
 they do with it is done by the program, and what comes back is its word, as whatever a function returns is: calls, attributes, length,
-items, iteration, `in`, conversion to text and numbers, `isinstance` of its classes, `is`, operators and order between its objects.
+items, iteration, conversion to text and numbers, `isinstance` of its classes, `is`, and operators between its objects.
 
 Its word is not taken for what would be the verdict itself. It never says that `==` holds or what is true: `==` is False where a plain
-value meets an object without an equality of its own, and refused otherwise, as are `!=`, truth and hash. Order and difference against
-a plain value are refused too, since that may be what is expected (`abs(f() - 7) < 1e-6`); other operators with one must give an object
-of its own. What is refused raises NotCarried: the limit is the judge's, so the completion is unscored, and not wrong.
+value meets an object without an equality of its own, and refused otherwise, as are `!=`, order, truth and hash, and calls that say
+whether something holds, named as those of plain types (`startswith`). `in` looks through what it iterates over. A difference from a plain
+value is refused too, since that may be what is expected (`abs(f() - 7) < 1e-6`); other operators with one must give an object of its own,
+and what an operator gave is no number, nor text where a plain value took part. What is refused raises NotCarried: the limit is the judge's,
+so the completion is unscored, and not wrong.
 
-Builtins are never the program's, or a program with an `abs` of its own would judge itself.
+Builtins are never the program's, or a program with an `abs` of its own would judge itself; nor is `math` in `math.isclose(…)`, and the
+like, where the asserts forgot to import it.
 """
 
 import ast
@@ -17,6 +20,7 @@ import builtins
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 from rewards.sandbox.values import Link, NotPlain, decode, encode
@@ -28,7 +32,11 @@ _ONE_BY_ONE, _MOST_AHEAD = 8, 256
 ARITHMETIC = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "lshift", "rshift", "and", "or", "xor")
 ORDER = ("lt", "le", "gt", "ge")
 UNARY = ("len", "iter", "reversed", "str", "repr", "int", "float", "abs", "neg", "pos", "invert")
-_COMPARE = {"sub", "isub", *ORDER}
+_COMPARE = {"sub", "isub"}
+_NUMBERS, _TEXT = {"int", "float", "abs", "round"}, {"len", "str", "repr", "format"}
+_MODULES = {"math", "cmath", "collections", "itertools", "functools", "operator", "re", "string", "statistics", "heapq", "bisect", "json"}
+_HOLDS = {"startswith", "endswith", "issubset", "issuperset", "isdisjoint", *(name for name in dir(str) if name.startswith("is"))}
+"""Methods of plain types that say whether something holds."""
 _ABOUT = {"__name__", "__qualname__", "__module__", "__dict__", "__wrapped__", "__annotations__", "__cause__", "__context__"}
 """What asserts read of a function or a class; other such names are the business of Python's own machinery."""
 
@@ -67,6 +75,8 @@ class Program:
         self._nonce = ""
         self._asked = 0
         self._ahead: dict[int, _Ahead] = {}
+        self._reckoned: dict[int, bool] = {}
+        """Objects that an operator gave, and whether a plain value took part."""
         self.raised: list[Exception] = []
         """What it raised itself."""
         self.flattened = False
@@ -94,6 +104,9 @@ class Program:
 
     def do(self, operation: str, *args: Any) -> Any:
         """What an operation of `rewards.sandbox.program.OPERATIONS` gives there."""
+        alone = self._reckoned.get(args[0]._cohort_number) if args and isinstance(args[0], Proxy) else None
+        if operation in ORDER or (alone is not None and operation in _NUMBERS) or (alone and operation in _TEXT):
+            raise NotCarried(f"the asserts ask what only an object of its own could decide ({operation})")
         return decode(self._ask({"do": operation, "args": self._sent(list(args), NotCarried)}), self.proxy)
 
     def reckon(self, operation: str, left: Any, right: Any) -> Any:
@@ -104,6 +117,8 @@ class Program:
         value = self.do(operation, left, right)
         if alone and not isinstance(value, Proxy):
             raise NotCarried(f"an operator between an object of its own and a plain value gave a plain value ({operation})")
+        if isinstance(value, Proxy):
+            self._reckoned[value._cohort_number] = alone or self._reckoned.get(value._cohort_number, False)
         return value
 
     def next(self, number: int) -> Any:
@@ -133,6 +148,8 @@ class Program:
         try:
             return encode(value, lambda item: self._whole(item._cohort_number) if isinstance(item, Proxy) else None)
         except NotPlain as error:
+            if "deep" in f"{error}":
+                raise  # no text of asserts is: the program gave it
             raise limit(f"the asserts hand the program an argument that cannot cross: {error}") from None
 
     def _ask(self, request: dict[str, Any]) -> Any:
@@ -175,6 +192,8 @@ class Proxy:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name.endswith("__") and name not in _ABOUT:
             raise AttributeError(name)
+        if name in _HOLDS:
+            raise NotCarried(f"the asserts ask an object of its own whether something holds ({name})")
         return self._cohort_program.get(self._cohort_number, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -195,8 +214,12 @@ class Proxy:
     def __delitem__(self, key: Any) -> None:
         self._cohort_program.do("delitem", self, key)
 
-    def __contains__(self, item: Any) -> Any:
-        return self._cohort_program.do("contains", self, item)
+    def __contains__(self, item: Any) -> bool:
+        try:
+            items = iter(self)
+        except TypeError:
+            raise NotCarried("the asserts ask an object of its own what is in it") from None
+        return any(item is one or item == one for one in items)
 
     def __round__(self, *digits: Any) -> Any:
         return self._cohort_program.do("round", self, *digits)
@@ -237,14 +260,29 @@ for _name in ARITHMETIC:
 def plain_names(text: str, declared: Iterable[str]) -> list[str]:
     """Names that the asserts may take from the program: those they read, without builtins unless `declared` has them."""
     read = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    return sorted((read - set(dir(builtins)) - {"__name__"}) | set(declared))
+    return sorted((read - set(dir(builtins)) - {"__name__"} - modules(text, declared).keys()) | set(declared))
+
+
+def modules(text: str, declared: Iterable[str]) -> dict[str, Any]:
+    """Modules of the standard library that the asserts read something of, under names that they use for nothing else."""
+    nodes = list(ast.walk(ast.parse(text)))
+    of = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
+    otherwise = {node.id for node in nodes if isinstance(node, ast.Name) and id(node) not in of}
+    read = {node.id for node in nodes if isinstance(node, ast.Name)}
+    return {name: import_module(name) for name in (_MODULES & read) - otherwise - set(declared)}
+
+
+def said(error: BaseException) -> str:
+    """What an exception says, at most 300 characters; nothing is asked of an object of the program that it holds."""
+    plain = [arg for arg in error.args if type(arg) in (str, int, float, bool)]
+    return (str(error) if len(plain) == len(error.args) else " ".join(map(str, plain)))[:300]
 
 
 def _exception(raised: Any) -> Exception:
     """The builtin exception of that name, so that asserts about exceptions work; of other classes one of that name and base."""
     if not isinstance(raised, list) or [type(part) for part in raised] != [str, str, str]:
         return NotPlain("it wrote what is no reply on its channel")
-    name, base, said = raised
+    name, base, said = raised[0][:200], raised[1], raised[2][:1000]
     kind = vars(builtins).get(base)
     if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, _LOOP_ENDS) and name.isidentifier():
         try:

@@ -98,7 +98,6 @@ def test_values_of_the_standard_library_are_judged_by_value(sandbox, body, asser
         "assert (P(1) + P(2)).a == 3",
         "assert (P(1) * 3).a == 3 and sum([P(1), P(2)]).a == 3",
         "p = P(1)\np += P(4)\nassert p.a == 5",
-        "assert [p.a for p in sorted([P(3), P(1)])] == [1, 3] and P(1) < P(2) and not P(2) < P(1)",
         "assert str(P(1)) == 'P(1)' and repr(P(2)) == 'P(2)' and f'{P(3)}' == 'P(3)' and float(P(2)) == 2.0 and abs(P(-2)) == 2",
         "b = Box(4, 5, 6)\nassert b[0] == 4 and b[1:] == [5, 6] and 5 in b and 7 not in b and list(b) == [4, 5, 6]",
         "b = Box(4, 5)\nb[0] = 1\nassert list(b) == [1, 5]",
@@ -121,6 +120,60 @@ def test_objects_of_a_program_answer_for_themselves(sandbox, asserts):
     assert verdict.name == "passed", verdict
 
 
+LIES = """
+class Yes:
+    def __contains__(self, item): return True
+    def __getattr__(self, name): return lambda *args: True
+class Root:
+    def __init__(self, x): self.x = x
+    def __pow__(self, n): return self
+    def __mul__(self, other): return self
+    def __radd__(self, other): return self
+    def __float__(self): return float(self.x)
+    def __abs__(self): return 0
+    def __round__(self, n=0): return self.x
+    def __lt__(self, other): return True
+    __le__ = __gt__ = __ge__ = __lt__
+class math:
+    isclose = staticmethod(lambda *args, **named: True)
+class Broken:
+    def __str__(self): return self.missing
+def yes(x): return Yes()
+def root(x): return Root(x)
+def roots(xs): return [Root(x) for x in xs]
+def same(x): return x
+def broken(x): return Broken()
+def long(x): return "a" * 20_000_000
+def deep(x):
+    for _ in range(100): x = [x]
+    return x
+"""
+
+
+@pytest.mark.parametrize(
+    "asserts",
+    [
+        "assert 3 in yes(5)",
+        "assert all(x in yes(5) for x in [1, 2])",
+        "assert yes('x').startswith('Hello')",
+        "assert yes('x').isupper()",
+        "assert yes(1).issubset({1, 2})",
+        "import math\nassert math.isclose(root(2) ** 2, 2)",
+        "assert round(root(3) * root(3), 6) == 3",
+        "assert abs(-1.5 + root(2)) < 1e-6",
+        "r = roots([3, 1, 2])\nassert all(r[i] <= r[i + 1] for i in range(len(r) - 1))",
+        "a = [1, [2]]\nb = same(a)\nassert b == a and b is not a",
+        "assert math.isclose(same(2), 1.5)",
+        "assert broken(3) == 3, broken(3)",
+        "assert broken(3) == 3, f'got {broken(3)}'",
+        "assert long(3) == 3, long(3)",
+        "assert deep(deep(3)) == 3",
+    ],
+)
+def test_no_word_of_an_object_is_a_verdict_and_none_ends_the_judge(sandbox, asserts):
+    assert run_test(sandbox, LIES, {"asserts": asserts}, Limits()).name in ("wrong", "crashed", "unscored")
+
+
 @pytest.mark.parametrize(
     "asserts",
     [
@@ -132,6 +185,8 @@ def test_objects_of_a_program_answer_for_themselves(sandbox, asserts):
         "assert {Box(): 1}",
         "assert P(3) - 3",
         "assert P(3) < 4",
+        "assert P(1) < P(2)",
+        "assert [p.a for p in sorted([P(3), P(1)])] == [1, 3]",
         "try:\n    ok = P(1) == P(1)\nexcept Exception:\n    ok = True\nassert ok",
         "try:\n    fails()\nexcept Empty:\n    pass\nassert True",
         "import copy\nassert copy.deepcopy(Box(1))[0] == 1",

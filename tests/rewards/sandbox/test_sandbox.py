@@ -70,9 +70,9 @@ def test_humaneval_solutions_pass_and_empty_bodies_fail(sandbox, test_data):
 
 @contextmanager
 def busy(each):
-    """All CPUs are wanted by so many other programs each."""
+    """All CPUs are wanted by so many other programs each; each in a session of its own, as Linux may share CPUs among sessions first."""
     command = [sys.executable, "-c", "while True: pass"]
-    others = [subprocess.Popen(command) for _ in range(each * len(os.sched_getaffinity(0)))]
+    others = [subprocess.Popen(command, start_new_session=True) for _ in range(each * len(os.sched_getaffinity(0)))]
     try:
         yield
     finally:
