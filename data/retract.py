@@ -112,7 +112,7 @@ def _retract_folder(folder: Path, out: Path, file: Path, staying: Any, given: ar
             write_file(out / name, staying, like=file)
     for name in CARD_FILES:
         if (folder / name).is_file():
-            (out / name).write_bytes((folder / name).read_bytes())
+            write_lines(out / name, (folder / name).read_bytes().decode().removesuffix("\n").split("\n"))
     report_path = out / "report.json"
     report = json.loads(report_path.read_text(encoding="utf-8")) if report_path.is_file() else {"stages": []}
     report.pop("mix", None)  # its shares are no longer these rows'

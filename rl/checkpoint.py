@@ -152,11 +152,6 @@ def full_disk_named(folder: Path, what: str) -> Iterator[None]:
         ) from None
 
 
-def room_needed(parameters: int, bytes_each: int, keep: int) -> int:
-    """Bytes that the checkpoints of a run take at most at once: `keep` and the one being written."""
-    return parameters * bytes_each * (keep + 1)
-
-
 def check_room(folder: Path, needed_bytes: int) -> None:
     """InputError if the disk of `folder` (or of its first parent that exists) has less room than a run's checkpoints take."""
     place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())

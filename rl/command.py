@@ -63,8 +63,8 @@ def asked_to_end(ask: Callable[[], None]) -> Iterator[None]:
 def leave(code: int) -> NoReturn:
     """Ends this process with `code`. One of several ranks goes without the interpreter's teardown.
 
-    A rank that has nothing left to do is there while others still are, and its teardown meets threads of gloo or NCCL that have not let
-    go: a run that was whole then ends with a SIGABRT of one rank, and its launcher says that it failed.
+    A whole run on two nodes was seen once to end with a SIGABRT of the rank that had nothing left to do, so that its launcher said it
+    had failed. The likely cause: teardown meets threads of gloo that still let go of tensors, for which they need the interpreter.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter would: threads first,

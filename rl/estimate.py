@@ -40,7 +40,7 @@ VLLM_BATCH_TOKENS = 16384
 VLLM_BLOCK = {"cuda": 16, "cpu": 128}
 """Tokens of a KV block by device; a sequence takes whole blocks."""
 MASTERS_BESIDE = "masters, "
-"""The part that masters are where they are not the weights themselves; they then belong to the optimizer's state."""
+"""How the part is named that masters are where they are not the weights themselves; they then belong to the optimizer's state."""
 TWO_PROCESSES_BYTES = 3e9
 """Of a GPU that two processes share: their CUDA contexts, and what NCCL and the libraries keep. Assumed, not measured."""
 GATHERED_BYTES = 6
@@ -174,7 +174,7 @@ def resident_and_parked(recipe: TrainRecipe, sizes: Sizes, machine: Machine) -> 
         state.append(Part("a tensor for a checkpoint", GATHERED_BYTES * sizes.largest, f"{GATHERED_BYTES} bytes x the largest"))
     if beside(sum(part.bytes for part in state), recipe.rollout.gpu_memory_utilization, machine.gpu_bytes):
         return state, []
-    parked = [part for part in state if part.name.startswith(MASTERS_BESIDE) or part.name.startswith("two moments")]
+    parked = [part for part in state if part.name.startswith((MASTERS_BESIDE, "two moments"))]
     return [part for part in state if part not in parked], parked
 
 

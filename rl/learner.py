@@ -132,8 +132,8 @@ class Learner:
         if not math.isfinite(norm):
             raise RunStopped(
                 f"step {self.updates // self._updates_per_step}: the gradient's norm is {norm}, so the policy was not updated, "
-                "and its last checkpoint is whole; look at the last rows of metrics.jsonl: a lower learner.lr may help, or, where mismatch "
-                "grew, loss.correction"
+                "and no checkpoint holds it; look at the last rows of metrics.jsonl: a lower learner.lr may help, or, where mismatch grew, "
+                "loss.correction"
             )
         rate = self.learning_rate()
         self.optim.step(rate)
